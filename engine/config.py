@@ -1,0 +1,211 @@
+"""What a replica is told, what it is, and what was decided: three frozen values and the one function between them.
+
+`EngineOptions` is what a user may set, with None for "decide for me". `ModelConfig` holds the facts of a checkpoint
+and `Machine` those of the host or device. `resolve()` turns the three into an `EngineConfig` in which nothing is open;
+no default is decided anywhere else and no config is written to after construction.
+
+Standard library only: the host half of the engine never imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Device = Literal["cpu", "cuda"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_ALIASES: Mapping[str, DTypeName] = {
+    "float32": "float32", "fp32": "float32", "f32": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "f16": "float16", "half": "float16",
+}  # fmt: skip
+
+DEFAULT_CPU_KV_BYTES = 2 * 2**30
+
+
+class ConfigError(ValueError):
+    """A setting, a checkpoint or a machine that cannot work, with the way out in the message.
+
+    `field` names the setting to change (or "model" for a checkpoint that cannot be loaded).
+    """
+
+    def __init__(self, message: str, *, field: str = "model") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may set for one replica. None means: decided by `resolve()`.
+
+    model: a directory with config.json and safetensors, or a .gguf file.
+    dtype: "auto" (the checkpoint's own, bfloat16 where that is quantized), or any key of DTYPE_ALIASES.
+    device: "auto" (cuda if there is one), "cpu" or "cuda".
+    max_model_len: prompt plus generated tokens of one request, at most.
+    block_size: tokens per KV block.
+    kv_memory_bytes: memory for the KV pool; otherwise `memory_fraction` of what is free after the weights.
+    num_blocks: exact size of the KV pool in blocks, for tests and experiments; overrides kv_memory_bytes.
+    max_step_tokens: the token budget of one step.
+    max_running_requests: requests that hold KV at once.
+    watermark: share of the pool that admission leaves free, so that running requests can grow.
+    ageing_s: with policy "priority", waiting this long outweighs one priority level.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    block_size: int | None = None
+    kv_memory_bytes: int | None = None
+    num_blocks: int | None = None
+    memory_fraction: float | None = None
+    max_step_tokens: int | None = None
+    max_running_requests: int | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    watermark: float = 0.01
+    ageing_s: float = 30.0
+    num_threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Facts of a checkpoint, read from config.json or from GGUF metadata. Counts are of the whole model."""
+
+    path: str
+    architecture: str  # as in config.json "architectures", e.g. "LlamaForCausalLM"
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int  # longest position that the checkpoint was made for
+    layer_windows: tuple[int | None, ...]  # attention window per layer in tokens, None: full attention
+    stored_dtype: DTypeName | Literal["quantized"]
+    num_parameters: int  # counted from the stored tensor shapes
+    eos_token_ids: tuple[int, ...]
+    hf_config: Mapping[str, Any] = field(repr=False)  # the family's own fields, by their config.json names
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What one rank runs on."""
+
+    device: Device
+    free_bytes: int  # memory that may be used now: available RAM, or free device memory
+    num_cores: int
+    has_fast_bfloat16: bool = True  # native bf16 products (AVX512-BF16, AMX, any CUDA device since Ampere)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything decided, for one replica."""
+
+    model: ModelConfig
+    device: Device
+    dtype: DTypeName
+    max_model_len: int
+    is_max_model_len_explicit: bool
+    block_size: int
+    num_blocks: int | None  # None: from kv_memory_bytes
+    kv_memory_bytes: int | None  # None: memory_fraction of what is free once the weights are loaded
+    memory_fraction: float
+    max_step_tokens: int
+    max_running_requests: int
+    enable_prefix_caching: bool
+    scheduling_policy: SchedulingPolicy
+    watermark: float
+    ageing_s: float
+    num_threads: int
+    seed: int
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+
+def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> EngineConfig:
+    """Decide every open setting. Pure. Raises ConfigError naming the field that cannot work."""
+    on_cpu = machine.device == "cpu"
+    max_model_len = options.max_model_len
+    if max_model_len is None:
+        max_model_len = model.max_position
+    elif max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is longer than the {model.max_position} positions of {model.path}: "
+            f"set max_model_len to at most {model.max_position}",
+            field="max_model_len",
+        )
+    for name in ("max_model_len", "block_size", "max_step_tokens", "max_running_requests", "num_threads",
+                 "num_blocks", "kv_memory_bytes"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
+    for name in ("watermark", "memory_fraction"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, got {value}", field=name)
+    if options.ageing_s <= 0:
+        raise ConfigError(f"ageing_s must be positive, got {options.ageing_s}", field="ageing_s")
+    if options.scheduling_policy not in ("fcfs", "priority"):
+        raise ConfigError(
+            f"scheduling_policy must be 'fcfs' or 'priority', got {options.scheduling_policy!r}",
+            field="scheduling_policy",
+        )
+    # Large enough that matrix products run at full rate, small enough that a step does not stall decoding.
+    max_step_tokens = options.max_step_tokens or (1024 if on_cpu else 8192)
+    max_running_requests = options.max_running_requests or min(64 if on_cpu else 256, max_step_tokens)
+    if max_running_requests > max_step_tokens:
+        raise ConfigError(
+            f"max_running_requests {max_running_requests} is more than max_step_tokens {max_step_tokens}: every "
+            f"running request needs a token a step; lower the first or raise the second",
+            field="max_running_requests",
+        )
+    return EngineConfig(
+        model=model,
+        device=machine.device,
+        dtype=_resolve_dtype(options.dtype, model, machine),
+        max_model_len=max_model_len,
+        is_max_model_len_explicit=options.max_model_len is not None,
+        block_size=options.block_size or 16,
+        num_blocks=options.num_blocks,
+        # A CPU shares its memory with everything else on the host: a modest pool unless told otherwise.
+        kv_memory_bytes=options.kv_memory_bytes
+        or (min(DEFAULT_CPU_KV_BYTES, machine.free_bytes // 2) if on_cpu and options.memory_fraction is None else None),
+        memory_fraction=options.memory_fraction or (0.5 if on_cpu else 0.9),
+        max_step_tokens=max_step_tokens,
+        max_running_requests=max_running_requests,
+        enable_prefix_caching=options.enable_prefix_caching,
+        scheduling_policy=options.scheduling_policy,
+        watermark=options.watermark,
+        ageing_s=options.ageing_s,
+        num_threads=options.num_threads or machine.num_cores,
+        seed=options.seed,
+    )
+
+
+def _resolve_dtype(name: str, model: ModelConfig, machine: Machine) -> DTypeName:
+    if name != "auto":
+        if name not in DTYPE_ALIASES:
+            raise ConfigError(
+                f"dtype {name!r} is not known: use 'auto' or one of {', '.join(sorted(DTYPE_ALIASES))}",
+                field="dtype",
+            )
+        return DTYPE_ALIASES[name]
+    stored: DTypeName = "bfloat16" if model.stored_dtype == "quantized" else model.stored_dtype
+    if machine.device == "cpu":
+        # fp16 products run at a twentieth of the bf16 rate on CPUs; bf16 without hardware support is slower than fp32.
+        return "bfloat16" if stored != "float32" and machine.has_fast_bfloat16 else "float32"
+    return stored
+
+
+def count_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,131 @@
+"""The coordinator of one replica: plan, execute, commit. The host half; imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from shoal.engine.config import EngineConfig
+from shoal.engine.executor import Executor, ExecutorInfo
+from shoal.engine.memory.kv_layout import KVLayout, check_pool
+from shoal.engine.memory.kv_manager import KVManager
+from shoal.engine.request import EngineStats, Request, RequestError, RequestId, RequestOutput
+from shoal.engine.scheduling.scheduler import Scheduler
+from shoal.engine.scheduling.waiting_queue import WaitingQueue
+
+
+class EngineCore:
+    """Owns the scheduler and the logical KV pool, drives an executor. One thread calls it.
+
+    `start()` may take minutes (the ranks load); `close()` may be called at any time.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.config = config
+        self._executor = executor
+        self._info: ExecutorInfo | None = None
+        self._steps = 0
+        self._step_seconds = 0.0
+
+    def start(self) -> None:
+        """Bring the ranks up. Raises ConfigError if the checkpoint or the memory cannot work."""
+        config, model = self.config, self.config.model
+        info = self._executor.start()
+        layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, config.dtype_bytes)
+        self.max_model_len = check_pool(config, info.num_blocks, layout)
+        windows = [window for window in model.layer_windows if window is not None]
+        self._kv = KVManager(
+            info.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            watermark=config.watermark,
+            window=max(windows) if windows and len(windows) == model.num_layers else None,
+        )
+        self._scheduler = Scheduler(
+            self._kv,
+            WaitingQueue(config.scheduling_policy, config.ageing_s),
+            max_step_tokens=config.max_step_tokens,
+            max_running_requests=config.max_running_requests,
+            max_model_len=self.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+        )
+        self._info = info
+
+    def close(self) -> None:
+        self._executor.close()
+
+    @property
+    def info(self) -> ExecutorInfo:
+        assert self._info is not None, "not started"
+        return self._info
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it can never run here; nothing changes then."""
+        check_request(request.prompt_ids, self.config.model.vocab_size, self.max_model_len, request.params.max_tokens)
+        request.params.check_vocab(self.config.model.vocab_size)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: RequestId) -> Request | None:
+        """Forget a request; None if it is not here (any more)."""
+        return self._scheduler.abort(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """One step over all ranks: what it gave each request that got a token."""
+        start = time.perf_counter()
+        plan = self._scheduler.plan()
+        if plan.is_empty:
+            return []
+        result = self._executor.execute(plan)
+        outputs = self._scheduler.commit(plan, result)
+        self._steps += 1
+        self._step_seconds += time.perf_counter() - start
+        return outputs
+
+    def check(self) -> None:
+        """Assert the invariants of memory and queues: a self-audit for idle moments."""
+        self._scheduler.check()
+
+    def reset_prefix_cache(self) -> None:
+        self._kv.reset_cache()
+
+    def stats(self) -> EngineStats:
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=self._kv.num_usable_blocks,
+            num_free_blocks=self._kv.num_free_blocks,
+            block_size=self.config.block_size,
+            max_model_len=self.max_model_len,
+            steps_total=self._steps,
+            step_seconds_total=self._step_seconds,
+            prompt_tokens_total=counters.prompt_tokens,
+            cached_tokens_total=counters.cached_tokens,
+            generation_tokens_total=counters.generation_tokens,
+            preemptions_total=counters.preemptions,
+            requests_finished_total=counters.finished,
+        )
+
+
+def check_request(prompt_ids: Sequence[int], vocab_size: int, max_model_len: int, max_tokens: int | None) -> None:
+    """Raise RequestError for a prompt that this model can never complete."""
+    if not prompt_ids:
+        raise RequestError("the prompt is empty: give at least one token", param="prompt")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        wrong = next(token for token in prompt_ids if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"the prompt holds token {wrong}; this model has tokens 0 to {vocab_size - 1}", param="prompt"
+        )
+    wanted = max_tokens if max_tokens is not None else 1
+    if len(prompt_ids) + wanted > max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{len(prompt_ids) + wanted} tokens ({len(prompt_ids)} in the prompt, {wanted} in the completion): "
+            f"shorten the prompt or lower max_tokens",
+            param="max_tokens" if len(prompt_ids) < max_model_len else "prompt",
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,247 @@
+"""A request: what one user generation asks for, and how far it has come. Standard library only."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, NewType
+
+RequestId = NewType("RequestId", str)
+BlockId = NewType("BlockId", int)
+BlockHash = NewType("BlockHash", bytes)
+
+MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
+MAX_STOPS = 16
+MAX_N = 64
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked. `param` is the field's name in the API."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # end of text, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or max_model_len reached
+    ABORT = "abort"  # the client went away
+    ERROR = "error"  # the replica failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when a generation ends. Field meanings follow OpenAI's and vLLM's APIs.
+
+    max_tokens: None means up to the model's length. temperature 0 is greedy. top_k 0 and top_p 1 are off.
+    repetition_penalty divides (or multiplies, when negative) the logits of tokens seen in prompt or output;
+    presence and frequency penalties look at the output only. logprobs: how many alternatives to report beside the
+    sampled token; None reports nothing. Log-probabilities are of the model's own distribution, before penalties,
+    bias, temperature and truncation. seed None: drawn when the request enters.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        # Lists and single strings are what users write; the frozen value keeps tuples.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        self._check()
+
+    def _check(self) -> None:
+        bounds: tuple[tuple[str, float, float], ...] = (
+            ("min_tokens", 0, math.inf),
+            ("n", 1, MAX_N),
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("top_k", -1, 2**31 - 1),
+        )
+        for name, low, high in bounds:
+            value = getattr(self, name)
+            if not low <= value <= high:  # also false for NaN
+                raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", param=name)
+        if self.top_p <= 0.0:
+            raise RequestError(f"top_p must be above 0, got {self.top_p}", param="top_p")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens"
+            )
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise RequestError(
+                f"repetition_penalty must be above 0 and at most 100, got {self.repetition_penalty}",
+                param="repetition_penalty",
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}", param="logprobs")
+        if len(self.stop) > MAX_STOPS or any(not s for s in self.stop):
+            raise RequestError(f"stop takes at most {MAX_STOPS} non-empty strings", param="stop")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise RequestError(f"seed must fit in 64 bits, got {self.seed}", param="seed")
+        for token, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias must be between -100 and 100, got {bias} for token {token}",
+                    param="logit_bias",
+                )
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise RequestError if a token id lies outside the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(
+                        f"{name} names token {token}; this model has tokens 0 to {vocab_size - 1}", param=name
+                    )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of a sampled token and of the most likely ones (natural logarithm)."""
+
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """When a finished request passed each point (time.monotonic() seconds of its replica), and what it used."""
+
+    arrival_s: float
+    admitted_s: float | None  # first admission; None if it never got that far
+    first_token_s: float | None
+    finished_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+    max_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A replica at one moment. `_total` values only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0  # usable KV blocks
+    num_free_blocks: int = 0  # free or evictable
+    block_size: int = 0
+    max_model_len: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0  # of the prompt tokens, found in the prefix cache
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    requests_finished_total: int = 0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of KV blocks held by running requests, 0 to 1."""
+        return 1.0 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+class RequestOutput(NamedTuple):
+    """What one step gave one request. Deltas: concatenating `token_ids` gives the whole generation."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    error: str | None = None
+    times: RequestTimes | None = None  # with the last output
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One user generation on its way through a replica: known tokens, and how many of them have KV.
+
+    `fork_of` names a request with the same prompt: once that one has computed the prompt, this one shares its blocks
+    instead of computing the prompt again (parallel sampling). `stream` separates the random numbers of such siblings.
+    """
+
+    request_id: RequestId
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    arrival_s: float  # time.monotonic()
+    priority: int = 0  # lower goes first
+    stream: int = 0
+    cache_salt: str = ""
+    fork_of: RequestId | None = None
+
+    output_ids: list[int] = field(default_factory=list)
+    num_known: int = 0  # prompt and output tokens
+    num_computed: int = 0  # leading known tokens that have KV
+    num_sent: int = 0  # leading known tokens that the ranks have been told
+    num_slots: int = 0  # tokens that its blocks have room for
+    block_hashes: list[BlockHash] = field(default_factory=list)  # of leading full blocks, as far as they were needed
+    last_step: int = 0  # the last step it was planned in
+    max_known: int = 0  # ends when this many tokens are known
+    end_ids: frozenset[int] = frozenset()  # tokens that end it, once min_tokens are there
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.num_known = len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def known_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens in positions [start, end)."""
+        split = len(self.prompt_ids)
+        if end <= split:
+            return self.prompt_ids[start:end]
+        if start >= split:
+            return tuple(self.output_ids[start - split : end - split])
+        return self.prompt_ids[start:] + tuple(self.output_ids[: end - split])
+
+    def take_unsent(self) -> tuple[int, ...]:
+        """Known tokens that the ranks have not been told since the last call."""
+        start, self.num_sent = self.num_sent, self.num_known
+        if start + 1 == self.num_sent:  # a request that decodes
+            return (self.output_ids[-1],)
+        return self.known_ids(start, self.num_sent)

@@ -1,0 +1,1 @@
+"""One rank's step: plan in, tensors through the model, sampled tokens out."""

@@ -1,0 +1,1 @@
+"""From logits to tokens: random numbers, logits processors, log-probabilities, the draw."""

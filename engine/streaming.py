@@ -1,0 +1,269 @@
+"""The asyncio front of a replica: one thread steps the core; requests come in and outputs go out without waiting for
+it.
+
+Outputs leave once per step and sink, not once per token and request: whatever a sink does (a network message, waking an
+event loop) is paid per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Protocol
+
+from shoal.engine.config import EngineConfig, EngineOptions
+from shoal.engine.core import EngineCore, check_request
+from shoal.engine.executor import Executor, ExecutorError, ExecutorInfo
+from shoal.engine.request import EngineStats, FinishReason, Request, RequestId, RequestOutput
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+EngineFactory = Callable[[Progress], tuple[EngineConfig, Executor]]
+
+STEP_DEADLINE_S = 300.0  # a step that takes longer means a rank hangs
+IDLE_CHECK_S = 5.0
+
+
+class Sink(Protocol):
+    """Where outputs go. Called in the engine's thread, at most once per step: it must not block."""
+
+    def deliver(self, outputs: list[RequestOutput]) -> None: ...
+
+
+class AsyncEngine:
+    """One replica's engine, running. `submit`, `abort`, `stats` and `check` may be called from any thread.
+
+    If the engine fails, every open request gets an output with finish reason ERROR, and `check()` raises from then on.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        on_progress: Progress | None = None,
+        factory: EngineFactory | None = None,
+    ) -> None:
+        """`factory` makes config and executor instead of `options` (tests, and executors over other processes)."""
+        self._on_progress = on_progress or (lambda what, done, total: None)
+        self._factory = factory or (lambda progress: _local(options, progress))
+        self._core: EngineCore | None = None
+        self._inbox: queue.SimpleQueue[Callable[[EngineCore], None] | None] = queue.SimpleQueue()
+        self._sinks: dict[RequestId, Sink] = {}
+        self._lock = threading.Lock()  # guards _sinks and _error
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._step_started_s: float | None = None
+        self._thread: threading.Thread | None = None
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model in the engine's thread. Raises ConfigError or whatever else made loading fail."""
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def settle(error: BaseException | None) -> None:
+            if not started.done():
+                started.set_exception(error) if error is not None else started.set_result(None)
+
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(lambda error: loop.call_soon_threadsafe(settle, error),),
+            name="engine",
+            daemon=True,
+        )
+        self._thread.start()
+        await started
+
+    async def close(self) -> None:
+        """Stop stepping and free everything. Open requests end with ABORT."""
+        self._is_closed = True
+        self._inbox.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, STEP_DEADLINE_S)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._started.config
+
+    @property
+    def info(self) -> ExecutorInfo:
+        return self._started.info
+
+    @property
+    def max_model_len(self) -> int:
+        return self._started.max_model_len
+
+    @property
+    def _started(self) -> EngineCore:
+        assert self._core is not None, "start() comes first"
+        return self._core
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Queue requests whose outputs go to `sink`. Raises RequestError for one that can never run, ExecutorError if
+        the engine has failed or is closed; none of them is queued then.
+        """
+        core = self._started
+        vocab_size = core.config.model.vocab_size
+        for request in requests:
+            check_request(request.prompt_ids, vocab_size, core.max_model_len, request.params.max_tokens)
+            request.params.check_vocab(vocab_size)
+        with self._lock:
+            self._raise_if_down()
+            for request in requests:
+                assert request.request_id not in self._sinks, f"request id {request.request_id} is in use"
+                self._sinks[request.request_id] = sink
+
+        def add(core: EngineCore) -> None:
+            for request in requests:
+                if request.request_id in self._sinks:  # not aborted meanwhile
+                    core.add(request)
+
+        self._inbox.put(add)
+
+    def abort(self, request_ids: Iterable[RequestId]) -> None:
+        """Forget requests before the next step; ids that are not here are ignored. No output follows."""
+        ids = tuple(request_ids)
+        with self._lock:
+            for request_id in ids:
+                self._sinks.pop(request_id, None)
+
+        def remove(core: EngineCore) -> None:
+            for request_id in ids:
+                core.abort(request_id)
+
+        self._inbox.put(remove)
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request. Closing the generator aborts it."""
+        sink = QueueSink(asyncio.get_running_loop())
+        self.submit([request], sink)
+        output: RequestOutput | None = None
+        try:
+            while output is None or output.finish_reason is None:
+                output = await sink.get()
+                yield output
+        finally:
+            if output is None or output.finish_reason is None:
+                self.abort([request.request_id])
+
+    def stats(self) -> EngineStats:
+        return self._started.stats()
+
+    def check(self) -> None:
+        """Raise ExecutorError if the engine has failed, or if its step is overdue."""
+        with self._lock:
+            self._raise_if_down()
+        started_s = self._step_started_s
+        if started_s is not None and time.monotonic() - started_s > STEP_DEADLINE_S:
+            raise ExecutorError(f"a step has been running for more than {STEP_DEADLINE_S:g} s")
+
+    def _raise_if_down(self) -> None:
+        if self._error is not None:
+            raise ExecutorError(f"the engine has failed: {self._error!r}") from self._error
+        if self._is_closed:
+            raise ExecutorError("the engine is closed")
+
+    # -- the engine's thread -----------------------------------------------------------------------------------
+
+    def _run(self, on_started: Callable[[BaseException | None], object]) -> None:
+        try:
+            config, executor = self._factory(self._on_progress)
+            core = EngineCore(config, executor)
+            core.start()
+        except BaseException as error:
+            self._error = error
+            on_started(error)
+            return
+        self._core = core
+        on_started(None)
+        error: BaseException | None = None
+        try:
+            self._loop(core)
+        except Exception as failure:
+            log.exception("the engine failed")
+            error = failure
+        finally:
+            self._fail_open_requests(error)
+            core.close()
+
+    def _loop(self, core: EngineCore) -> None:
+        is_checked = True
+        while not self._is_closed:
+            if core.has_work:
+                self._take_messages(core, timeout_s=0)
+                self._step_started_s = time.monotonic()
+                self._deliver(core.step())
+                self._step_started_s = None
+                is_checked = False
+            elif not self._take_messages(core, timeout_s=IDLE_CHECK_S) and not is_checked:
+                core.check()  # idle for a while: audit the pool
+                is_checked = True
+
+    def _take_messages(self, core: EngineCore, timeout_s: float) -> bool:
+        """Carry out all that has come in, waiting for the first message; False if none came."""
+        is_any = False
+        while True:
+            try:
+                message = self._inbox.get(block=not is_any and timeout_s > 0, timeout=timeout_s)
+            except queue.Empty:
+                return is_any
+            is_any = True
+            if message is not None:
+                message(core)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        by_sink: dict[Sink, list[RequestOutput]] = {}
+        with self._lock:
+            for output in outputs:
+                sink = (
+                    self._sinks.get(output.request_id)
+                    if output.finish_reason is None
+                    else self._sinks.pop(output.request_id, None)
+                )
+                if sink is not None:
+                    by_sink.setdefault(sink, []).append(output)
+        for sink, group in by_sink.items():
+            sink.deliver(group)
+
+    def _fail_open_requests(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = error
+            self._is_closed = True
+            ids = list(self._sinks)
+        reason = FinishReason.ABORT if error is None else FinishReason.ERROR
+        text = "the engine is closing" if error is None else f"the engine has failed: {error!r}"
+        self._deliver([RequestOutput(request_id, (), finish_reason=reason, error=text) for request_id in ids])
+
+
+class QueueSink:
+    """Outputs into an asyncio loop: one wake-up per step, however many requests share the sink."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        self._loop.call_soon_threadsafe(self._put, outputs)
+
+    def _put(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self._queue.put_nowait(output)
+
+    async def get(self) -> RequestOutput:
+        return await self._queue.get()
+
+
+def _local(options: EngineOptions, progress: Progress) -> tuple[EngineConfig, Executor]:
+    # Brings torch; the rest of this module is host half.
+    from shoal.engine.worker import LocalExecutor, resolve_options
+
+    config = resolve_options(options)
+    return config, LocalExecutor(config, progress)

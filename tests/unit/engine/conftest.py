@@ -1,0 +1,180 @@
+"""A fake device that checks what a real one could only get wrong silently."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
+from shoal.engine.core import EngineCore
+from shoal.engine.executor import ExecutorInfo
+from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.request import Request, RequestId, RequestOutput, SamplingParams
+
+VOCAB = 997
+
+TINY_MODEL = ModelConfig(
+    path="tiny",
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    vocab_size=VOCAB,
+    max_position=4096,
+    layer_windows=(None, None),
+    stored_dtype="float32",
+    num_parameters=1000,
+    eos_token_ids=(0,),
+    hf_config={},
+)
+
+
+def fingerprint(token_ids: tuple[int, ...]) -> int:
+    """What the KV of the last of these tokens depends on: all of them, in order."""
+    return int.from_bytes(hashlib.blake2b(repr(token_ids).encode(), digest_size=8).digest(), "little")
+
+
+class FakeExecutor:
+    """Plays a model whose KV at a position is the fingerprint of all tokens up to it, in simulated block memory.
+
+    Every step it reads each request's KV back through its block table, as attention would, and asserts that each slot
+    holds exactly what that request needs: a block shared wrongly, overwritten, freed too early or not copied shows at
+    once. The next token is a function of the whole sequence, so equal requests must give equal tokens.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, window: int | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.window = window
+        self.memory: dict[tuple[int, int], int] = {}
+        self.tokens: dict[RequestId, list[int]] = {}
+        self.tables: dict[RequestId, list[int]] = {}
+        self.params: dict[RequestId, SamplingParams] = {}
+        self.plans: list[StepPlan] = []
+
+    def start(self) -> ExecutorInfo:
+        return ExecutorInfo(self.num_blocks, 0, 0, "fake")
+
+    def close(self) -> None:
+        self.memory.clear()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        for request_id in plan.finished:
+            del self.tokens[request_id], self.tables[request_id]
+        for source, target in plan.copies:
+            for offset in range(self.block_size):
+                self.memory[target, offset] = self.memory.get((source, offset), -1)
+        for new in plan.new:
+            assert new.request_id not in self.tokens
+            self.tokens[new.request_id] = list(new.token_ids)
+            self.tables[new.request_id] = list(new.block_ids)
+        for entry in plan.continued:
+            self.tokens[entry.request_id].extend(entry.new_token_ids)
+            self.tables[entry.request_id].extend(entry.new_block_ids)
+        entries = (*plan.new, *plan.continued)
+        assert len({entry.request_id for entry in entries}) == len(entries)
+        assert plan.num_tokens == sum(entry.num_new for entry in entries)
+        writes: set[tuple[int, int]] = set()
+        result: dict[RequestId, tuple[int, ...]] = {}
+        for entry in entries:
+            token = self._compute(entry.request_id, entry.num_computed, entry.num_new, writes)
+            if token is not None:
+                result[entry.request_id] = (token,)
+        return StepResult(plan.step, result)
+
+    def _compute(self, request_id: RequestId, start: int, count: int, writes: set[tuple[int, int]]) -> int | None:
+        tokens, table = self.tokens[request_id], self.tables[request_id]
+        assert 0 < count
+        assert start + count <= len(tokens)
+        for position in range(start, start + count):
+            slot = self._slot(table, position)
+            assert slot not in writes, f"two requests write slot {slot}"
+            writes.add(slot)
+            self.memory[slot] = fingerprint(tuple(tokens[: position + 1]))
+        end = start + count
+        first_seen = 0 if self.window is None else max(0, start - self.window + 1)
+        for position in range(first_seen, end):
+            assert self.memory[self._slot(table, position)] == fingerprint(tuple(tokens[: position + 1]))
+        return 1 + fingerprint((*tokens, -1)) % (VOCAB - 1) if end == len(tokens) else None
+
+    def _slot(self, table: list[int], position: int) -> tuple[int, int]:
+        block = table[position // self.block_size]
+        assert 0 < block < self.num_blocks
+        return block, position % self.block_size
+
+
+def expected_tokens(prompt_ids: tuple[int, ...], count: int) -> list[int]:
+    """What the fake model says after a prompt."""
+    tokens = list(prompt_ids)
+    for _ in range(count):
+        tokens.append(1 + fingerprint((*tokens, -1)) % (VOCAB - 1))
+    return tokens[len(prompt_ids) :]
+
+
+def fake_config(**options: Any) -> EngineConfig:
+    window = options.pop("window", None)
+    model = replace(TINY_MODEL, layer_windows=(window, window))
+    return resolve(EngineOptions(model="tiny", **options), model, Machine("cpu", 2**30, 2))
+
+
+class Harness:
+    """A core over the fake device, and what came out of it."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: Any) -> None:
+        config = fake_config(block_size=block_size, **options)
+        self.executor = FakeExecutor(num_blocks, block_size, window=config.model.layer_windows[0])
+        self.core = EngineCore(config, self.executor)
+        self.core.start()
+        self.outputs: dict[RequestId, list[int]] = {}
+        self.finished: dict[RequestId, RequestOutput] = {}
+        self._clock = 0.0
+
+    def request(self, name: str, prompt_ids: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Request:
+        self._clock += 1.0
+        params = SamplingParams(max_tokens=max_tokens, **fields.pop("params", {}))
+        return Request(RequestId(name), prompt_ids, params, seed=0, arrival_s=self._clock, **fields)
+
+    def add(self, name: str, prompt_ids: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Request:
+        request = self.request(name, prompt_ids, max_tokens, **fields)
+        self.core.add(request)
+        self.outputs[request.request_id] = []
+        return request
+
+    def step(self) -> list[RequestOutput]:
+        outputs = self.core.step()
+        for output in outputs:
+            self.outputs[output.request_id].extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output
+        self.core.check()
+        return outputs
+
+    def drain(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.core.has_work:
+                self.core.check()
+                return
+            self.step()
+        raise AssertionError("requests are still unfinished")
+
+
+@pytest.fixture
+def make_harness() -> Iterator[Callable[..., Harness]]:
+    yield Harness
+
+
+@pytest.fixture
+def expected() -> Callable[[tuple[int, ...], int], list[int]]:
+    return expected_tokens
+
+
+@pytest.fixture
+def make_config() -> Callable[..., EngineConfig]:
+    return fake_config
