@@ -203,7 +203,8 @@ class _Sample:
         completion.token_ids.extend(output.token_ids)
         if completion.logprobs is not None:
             completion.logprobs.extend(output.logprobs)
-        completion.text += self.detokenizer.push(output.token_ids)
+        ends = output.finish_reason is FinishReason.STOP
+        completion.text += self.detokenizer.push(output.token_ids, ends_with_stop_token=ends)
         if not self.detokenizer.is_stopped and output.finish_reason is None:
             return False
         completion.text += self.detokenizer.finish()

@@ -1,0 +1,130 @@
+"""What a gateway and a replica say to each other.
+
+A call goes to the replica as one Serve request, which stays open until all samples of the call are finished,
+so that Serve's routing, queue accounting and cancellation hold for it. The tokens come back beside it: the
+replica pushes one ZeroMQ message per engine step to each gateway, holding what that step gave all of the
+gateway's calls. A message of 32 outputs takes 12 us to encode and 16 us to decode.
+
+The answer to the Serve request says how many tokens each sample got, so a lost message is noticed.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from shoal.engine.request import Request, RequestError, RequestId, RequestOutput, SamplingParams
+
+# A message that would have to wait behind this many is dropped: its gateway has stopped reading.
+MAX_QUEUED_MESSAGES: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """One user call on its way to a replica: a prompt and `params.n` samples of it. Its seed is decided."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+    @property
+    def sample_ids(self) -> tuple[RequestId, ...]:
+        """The engine's request id of each sample."""
+        return tuple(RequestId(f"{self.request_id}-{i}") for i in range(self.params.n))
+
+    def requests(self, arrival_s: float) -> list[Request]:
+        """One engine request per sample; the later ones share the first one's prompt blocks.
+
+        `arrival_s` is time.monotonic() of the replica.
+        """
+        assert self.params.seed is not None, f"the gateway decides the seed of {self.request_id}"
+        ids = self.sample_ids
+        return [
+            Request(
+                request_id=sample_id,
+                prompt_ids=self.prompt_ids,
+                params=self.params,
+                seed=self.params.seed,
+                arrival_s=arrival_s,
+                priority=self.priority,
+                stream=i,
+                cache_salt=self.cache_salt,
+                fork_of=ids[0] if i else None,
+            )
+            for i, sample_id in enumerate(ids)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class CallSummary:
+    """The answer to a call after its last token: tokens per sample, or why the engine refused it."""
+
+    num_tokens: tuple[int, ...] = ()
+    refusal: str | None = None
+    refusal_param: str | None = None
+    refusal_code: str | None = None
+
+    @classmethod
+    def refused(cls, error: RequestError) -> CallSummary:
+        return cls(refusal=str(error), refusal_param=error.param, refusal_code=error.code)
+
+    def check(self) -> None:
+        """Raise RequestError if the engine refused the call."""
+        if self.refusal is not None:
+            raise RequestError(self.refusal, param=self.refusal_param, code=self.refusal_code)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFacts:
+    """What a gateway must know of a model beside its tokenizer."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a replica has come with starting. `error` ends it: the replica cannot start."""
+
+    model: str
+    phase: str
+    done: int = 0
+    total: int = 0
+    error: str | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_step_decoder = msgspec.msgpack.Decoder(list[RequestOutput])
+_progress_decoder = msgspec.msgpack.Decoder(Progress)
+
+
+def encode_step(outputs: list[RequestOutput]) -> bytes:
+    """One engine step's outputs as a message."""
+    return _encoder.encode(outputs)
+
+
+def decode_step(message: bytes) -> list[RequestOutput]:
+    """The outputs in a message of `encode_step`. Raises msgspec.DecodeError for anything else."""
+    return _step_decoder.decode(message)
+
+
+def encode_progress(progress: Progress) -> bytes:
+    return _encoder.encode(progress)
+
+
+def decode_progress(message: bytes) -> Progress:
+    """Raises msgspec.DecodeError for anything but a message of `encode_progress`."""
+    return _progress_decoder.decode(message)
+
+
+def local_ip(peer: str | None = None) -> str:
+    """This host's address on the way to `peer`; 127.0.0.1 without one."""
+    if peer is None:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 1))  # sends nothing: a UDP connect only picks the route
+        return str(probe.getsockname()[0])

@@ -1,0 +1,105 @@
+"""The Serve ingress: the gateway's HTTP application, and what it needs from the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import ChainMap
+from collections.abc import Mapping
+
+import ray
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
+from shoal.cluster.gateway.backend import ServedModel
+from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.replica_backend import ReplicaBackend
+from shoal.cluster.gateway.routes import build_app
+from shoal.cluster.logs import adopt_serve_handlers
+from shoal.cluster.metrics import REPLICAS, HttpMetrics, Point, render
+from shoal.engine.tokenizer import Tokenizer
+
+
+class Gateway:
+    """One gateway process: HTTP in, token ids out. Constructing it waits until every model has a replica."""
+
+    async def __init__(
+        self,
+        models: tuple[ModelSettings, ...],
+        http: HttpSettings,
+        replicas: Mapping[str, DeploymentHandle[object]],
+        token_ip: str | None = None,
+    ) -> None:
+        """`token_ip`: where this gateway receives tokens; None is its node's address."""
+        adopt_serve_handlers()
+        self._http = http
+        self._http_metrics = HttpMetrics()
+        self._inbox = StepInbox(token_ip or ray.util.get_node_ip_address())
+        self._inbox.start()
+        self._backends = {name: ReplicaBackend(name, handle, self._inbox) for name, handle in replicas.items()}
+        served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
+        self._models = {model.name: model for model in served}
+
+    async def _serve(self, model: ModelSettings, backend: ReplicaBackend) -> ServedModel:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, locate_model(model.model))
+        facts = await backend.facts()
+        return ServedModel(
+            name=model.name,
+            tokenizer=tokenizer,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            created=int(time.time()),
+            backend=backend,
+        )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        app = build_app(self._models, max_body_bytes=self._http.max_body_bytes, metrics_text=self._metrics_text)
+        return CountedApp(app, self._http_metrics)
+
+    async def _metrics_text(self) -> str:
+        """Measurements of all models' replicas and of this gateway."""
+        snapshots = await asyncio.gather(*(backend.snapshots() for backend in self._backends.values()))
+        reporting = (
+            Point(REPLICAS.name, (name,), float(len(snapshot)))
+            for name, snapshot in zip(self._backends, snapshots, strict=True)
+        )
+        return render(dict(ChainMap(*snapshots)), gateway=(*self._http_metrics.snapshot(), *reporting))
+
+
+class CountedApp:
+    """Counts what an ASGI application answers."""
+
+    def __init__(self, app: FastAPI, metrics: HttpMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = {path for route in app.routes if (path := getattr(route, "path", None))}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.monotonic()
+        status = 499  # the client left before there was an answer
+
+        async def send_and_look(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.num_open += 1
+        try:
+            await self._app(scope, receive, send_and_look)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._metrics.num_open -= 1
+            self._metrics.observe(
+                handler=scope["path"] if scope["path"] in self._paths else "other",
+                method=scope["method"],
+                status=status,
+                seconds=time.monotonic() - start,
+            )

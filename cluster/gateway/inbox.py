@@ -1,0 +1,137 @@
+"""The gateway's end of the token channel: one socket, and the outputs of each open call in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import msgspec
+import zmq
+
+from shoal.cluster.channel import MAX_QUEUED_MESSAGES, decode_step
+from shoal.engine.request import RequestId, RequestOutput
+
+log = logging.getLogger(__name__)
+
+# Messages handled before the event loop gets its turn again.
+_MAX_BURST: Final = 64
+
+
+class TokensLostError(RuntimeError):
+    """Tokens of a call did not arrive."""
+
+
+class CallInbox:
+    """One call's outputs, a list per engine step."""
+
+    def __init__(self, sample_ids: Sequence[RequestId]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._num_tokens = dict.fromkeys(sample_ids, 0)  # of the samples that are still open
+        self._is_closed = False
+        self._queue: asyncio.Queue[list[RequestOutput] | Exception] = asyncio.Queue()
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last output of every sample was taken."""
+        return not self._num_tokens
+
+    async def next(self) -> list[RequestOutput]:
+        """The next step's outputs. Raises what `fail` was given, and TokensLostError for a gap."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        for output in item:
+            self._count(output)
+        return item
+
+    def put(self, outputs: list[RequestOutput]) -> None:
+        self._queue.put_nowait(outputs)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with this error, after the outputs that have come already."""
+        self._queue.put_nowait(error)
+
+    def fail_after(self, seconds: float, error: Exception) -> None:
+        if not self._is_closed:
+            self._deadline = self._loop.call_later(seconds, self.fail, error)
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _count(self, output: RequestOutput) -> None:
+        self._num_tokens[output.request_id] += len(output.token_ids)
+        if output.finish_reason is None:
+            return
+        received = self._num_tokens.pop(output.request_id)
+        if output.times is not None and output.times.num_output_tokens != received:
+            sent = output.times.num_output_tokens
+            raise TokensLostError(f"{sent - received} of {sent} tokens of {output.request_id} were lost")
+
+
+class StepInbox:
+    """Receives the step messages of all replicas and hands each call its part. Lives in one event loop."""
+
+    def __init__(self, ip: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.set_hwm(MAX_QUEUED_MESSAGES)
+        self._socket.linger = 0
+        self.address = f"tcp://{ip}:{self._socket.bind_to_random_port(f'tcp://{ip}')}"
+        self._calls: dict[RequestId, CallInbox] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to receive, in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        # The descriptor only tells that something changed: it must be drained until nothing is left, each time.
+        self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._drain()
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop = None
+        self._socket.close()
+        self._context.term()
+
+    @contextmanager
+    def open(self, sample_ids: Sequence[RequestId]) -> Iterator[CallInbox]:
+        """Expect outputs for these samples while the context lasts; later ones are dropped."""
+        taken = [sample_id for sample_id in sample_ids if sample_id in self._calls]
+        assert not taken, f"request ids must be unique, already open: {taken}"
+        call = CallInbox(sample_ids)
+        self._calls.update(dict.fromkeys(sample_ids, call))
+        try:
+            yield call
+        finally:
+            call.close()
+            for sample_id in sample_ids:
+                del self._calls[sample_id]
+
+    def _drain(self) -> None:
+        for _ in range(_MAX_BURST):
+            try:
+                message = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._deliver(decode_step(message))
+            except msgspec.DecodeError:
+                log.exception("dropped a message of %d bytes that is no step", len(message))
+        if self._loop is not None:
+            self._loop.call_soon(self._drain)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        parts: dict[CallInbox, list[RequestOutput]] = {}
+        for output in outputs:
+            call = self._calls.get(output.request_id)
+            if call is not None:
+                parts.setdefault(call, []).append(output)
+        for call, part in parts.items():
+            call.put(part)

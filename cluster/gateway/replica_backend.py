@@ -1,0 +1,101 @@
+"""The gateway's way to the replicas of one model: a Serve call for the life of a request, tokens beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Final
+
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from shoal.cluster.channel import CallSummary, GenerateCall, ReplicaFacts
+from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.gateway.inbox import CallInbox, StepInbox, TokensLostError
+from shoal.cluster.metrics import Snapshot, render
+from shoal.engine.request import RequestError, RequestOutput
+
+# How long the last tokens of a call may be behind the replica's word that the call is done.
+LAST_TOKENS_TIMEOUT_S: Final = 10.0
+METRICS_TIMEOUT_S: Final = 2.0
+
+
+class ReplicaBackend:
+    """Adapter of the gateway's Backend protocol to a replica deployment."""
+
+    def __init__(self, model_name: str, handle: DeploymentHandle[object], inbox: StepInbox) -> None:
+        self._model_name = model_name
+        self._handle = handle
+        self._inbox = inbox
+        self._watches: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
+
+    async def facts(self) -> ReplicaFacts:
+        """Wait until a replica is ready and ask it about the model."""
+        facts: ReplicaFacts = await self._handle.facts.remote()
+        return facts
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
+        """The call's outputs, an item per engine step. Closing the generator aborts the call.
+
+        Raises RequestError where the engine refuses the call, ReplicaUnavailableError where no replica takes it or
+        the replica died, TokensLostError where its last tokens did not arrive.
+        """
+        with self._inbox.open(call.sample_ids) as inbox:
+            response = self._handle.generate.remote(call, self._inbox.address)
+            watch = asyncio.create_task(self._watch(response, inbox))
+            self._watches.add(watch)
+            watch.add_done_callback(self._watches.discard)
+            try:
+                while not inbox.is_finished:
+                    yield await inbox.next()
+            finally:
+                if not inbox.is_finished:
+                    response.cancel()
+
+    async def snapshots(self) -> dict[tuple[str, str], Snapshot]:
+        """Measurements of all replicas that answer in time, by (model_name, engine)."""
+        try:
+            answers = await self._handle.broadcast("metrics").results_async(
+                timeout_s=METRICS_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, DeploymentUnavailableError):
+            return {}
+        return {(self._model_name, label): snapshot for label, snapshot in _successes(answers)}
+
+    async def metrics_text(self) -> str:
+        """Measurements of this model's replicas in Prometheus' text format."""
+        return render(await self.snapshots())
+
+    async def check_health(self) -> None:
+        """Raise ReplicaUnavailableError if no replica answers."""
+        try:
+            async with asyncio.timeout(METRICS_TIMEOUT_S):
+                await self._handle.facts.remote()
+        except Exception as error:
+            raise ReplicaUnavailableError(f"no replica of {self._model_name} answers") from error
+
+    async def _watch(self, response: DeploymentResponse[CallSummary], inbox: CallInbox) -> None:
+        """Turn the end of the Serve call into the end of the inbox: no way may leave a client waiting."""
+        try:
+            summary = await response
+            summary.check()
+        except RequestError as error:
+            inbox.fail(error)
+        except asyncio.CancelledError:
+            inbox.fail(ReplicaUnavailableError(f"the call to {self._model_name} was cancelled"))
+        except BackPressureError as error:
+            inbox.fail(ReplicaUnavailableError(f"{self._model_name} has too many calls waiting: {error.message}"))
+        except Exception as error:
+            lost = ReplicaUnavailableError(f"the replica of {self._model_name} failed: {type(error).__name__}")
+            lost.__cause__ = error
+            inbox.fail(lost)
+        else:
+            num_tokens = sum(summary.num_tokens)
+            inbox.fail_after(
+                LAST_TOKENS_TIMEOUT_S,
+                TokensLostError(f"the last of {num_tokens} tokens of a call to {self._model_name} were lost"),
+            )
+
+
+def _successes(answers: list[object]) -> list[tuple[str, Snapshot]]:
+    return [answer for answer in answers if isinstance(answer, tuple)]

@@ -1,0 +1,1 @@
+"""Stored weights: safetensors and GGUF behind one protocol, read slice by slice."""

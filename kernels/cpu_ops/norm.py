@@ -1,0 +1,32 @@
+"""C++ twins of torch_ops.norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.cpu_ops.library import DTYPE_CODES, library
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    assert weight.dtype == torch.float32
+    out = torch.empty(x.shape, dtype=x.dtype)
+    rows = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])
+    heads, head_stride = (rows.shape[1], rows.stride(1)) if rows.dim() == 3 else (1, 0)
+    library().shoal_rms_norm(
+        out.data_ptr(), rows.data_ptr(), weight.data_ptr(), rows.shape[0], heads, rows.shape[-1], rows.stride(0),
+        head_stride, eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    assert weight.dtype == torch.float32
+    assert x.dtype == residual.dtype
+    tokens, dim = x.shape
+    out = torch.empty((tokens, dim), dtype=x.dtype)
+    library().shoal_add_rms_norm(
+        out.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), tokens, dim, x.stride(0),
+        residual.stride(0), eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,123 @@
+"""One table: operation x device -> function. The only file of this folder that others import.
+
+    ops = operations("cpu")
+    hidden = ops.add_rms_norm(x, residual, weight, eps)
+
+Contracts (shapes, dtypes, errors) are the docstrings of the twins in torch_ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from shoal.kernels.torch_ops import activation, attention, kv_write, linear, norm, rotary, sampling
+from shoal.kernels.torch_ops.activation import Activation
+from shoal.kernels.torch_ops.linear import PackedLinear
+
+__all__ = ["Activation", "Operations", "PackedLinear", "operations", "reference"]
+
+logger = logging.getLogger(__name__)
+
+
+class Attention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        max_query_len: int,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor: ...
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Every operation for one device. Weights packed by one table are for that table's `linear`."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+    attention: Attention
+    gated_activation: Callable[[Tensor, Activation], Tensor]
+    pack_linear: Callable[[Tensor], PackedLinear]
+    linear: Linear
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def operations(device: Literal["cpu", "cuda"]) -> Operations:
+    """The fastest table for a device, resolved once.
+
+    The first call for "cpu" may compile the C++ kernels (some seconds, then cached on disk); where that fails it warns
+    and the torch twins serve. "cuda" needs triton, which comes with CUDA builds of torch.
+    """
+    return {"cpu": _cpu, "cuda": _cuda}[device]()
+
+
+def reference() -> Operations:
+    """The torch twins: right on every device, fast on none."""
+    return Operations(
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rotary=rotary.rotary,
+        kv_write=kv_write.kv_write,
+        copy_blocks=kv_write.copy_blocks,
+        attention=attention.attention,
+        gated_activation=activation.gated_activation,
+        pack_linear=linear.pack_linear,
+        linear=linear.linear,
+        sample=sampling.sample,
+    )
+
+
+def _cpu() -> Operations:
+    from shoal.kernels.cpu_ops import activation, attention, kv_write, library, linear, norm, rotary, sampling
+
+    table = replace(reference(), pack_linear=linear.pack_linear, linear=linear.linear)
+    try:
+        library.library()
+    except library.CompilerError as error:
+        logger.warning("no C++ kernels, plain torch serves, several times slower; install g++ or set CXX: %s", error)
+        return table
+    return replace(
+        table,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rotary=rotary.rotary,
+        kv_write=kv_write.kv_write,
+        attention=attention.attention,
+        gated_activation=activation.gated_activation,
+        sample=sampling.sample,
+    )
+
+
+def _cuda() -> Operations:
+    from shoal.kernels.triton_ops import activation, attention, kv_write, norm, rotary, sampling
+
+    return replace(
+        reference(),
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rotary=rotary.rotary,
+        kv_write=kv_write.kv_write,
+        attention=attention.attention,
+        gated_activation=activation.gated_activation,
+        sample=sampling.sample,
+    )

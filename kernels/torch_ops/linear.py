@@ -1,0 +1,44 @@
+"""Matrix products with a weight prepared once. Quantized formats will be further kinds of PackedLinear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight in the layout of the operation table that packed it. The loader drops the original.
+
+    layout: "plain" is [out_features, in_features] as stored; "onednn" is opaque.
+    """
+
+    weight: Tensor
+    layout: Literal["plain", "onednn"]
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+
+def pack_linear(
+    weight: Tensor,  # [out_features, in_features]
+) -> PackedLinear:
+    """Keep the weight as it is. Raises ValueError where it is not a matrix."""
+    if weight.dim() != 2:
+        raise ValueError(f"pack_linear needs a weight [out, in], got shape {list(weight.shape)}")
+    return PackedLinear(weight, "plain", weight.shape[0], weight.shape[1], weight.dtype)
+
+
+def linear(
+    x: Tensor,  # [tokens, in_features]
+    packed: PackedLinear,
+    bias: Tensor | None = None,  # [out_features]
+) -> Tensor:  # [tokens, out_features]
+    """x @ weight.T + bias, in the dtype of x. Raises ValueError where the width of x is not the weight's."""
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(f"linear needs x of width {packed.in_features}, got {x.shape[-1]}")
+    return F.linear(x, packed.weight, bias)

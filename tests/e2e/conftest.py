@@ -1,0 +1,104 @@
+"""A real server: `shoal serve` in a process of its own, with the embedded model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+START_TIMEOUT_S = 180.0  # on a busy two-core machine
+STOP_TIMEOUT_S = 40.0
+
+
+class Server:
+    """`shoal serve` with these arguments, in a session of its own as a terminal would give it."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._mark = f"SHOAL_E2E={uuid.uuid4().hex}"
+        name, value = self._mark.split("=")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "shoal.cluster.cli", "serve", "--port", str(self.port), *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, name: value},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Until the server has printed `text`; fails with its output when it ends or takes too long."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: a terminal sends SIGINT to every process in the foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def processes(self) -> list[str]:
+        """Command lines of everything that this server started and that still runs, itself included."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Until it has ended; answers the exit code."""
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """Whatever a failed test left."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers with the given arguments; what a test leaves of them is killed."""
+    servers: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(tmp_path / f"output{len(servers)}.txt", *arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One running server for a module's tests."""
+    server = Server(tmp_path_factory.mktemp("serve") / "output.txt")
+    try:
+        server.wait_for("ready after")
+        yield server
+    finally:
+        server.kill()

@@ -1,0 +1,303 @@
+"""Tokens on their way from an engine to a gateway: a real engine over a fake device, real sockets, a fake Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.cluster.channel import CallSummary, GenerateCall, decode_step, encode_step
+from shoal.cluster.gateway import replica_backend
+from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.gateway.inbox import StepInbox, TokensLostError
+from shoal.cluster.gateway.replica_backend import ReplicaBackend
+from shoal.cluster.replica.calls import Calls
+from shoal.cluster.replica.channel import GatewayChannels
+from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
+from shoal.engine.executor import ExecutorInfo
+from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.request import (
+    FinishReason,
+    RequestError,
+    RequestId,
+    RequestOutput,
+    RequestTimes,
+    SamplingParams,
+    TokenLogprobs,
+)
+from shoal.engine.streaming import AsyncEngine
+
+MODEL = ModelConfig(
+    path="tiny",
+    architecture="LlamaForCausalLM",
+    num_layers=1,
+    hidden_size=8,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    vocab_size=100,
+    max_position=512,
+    layer_windows=(None,),
+    stored_dtype="float32",
+    num_parameters=1,
+    eos_token_ids=(0,),
+    hf_config={},
+)
+
+
+class CountingDevice:
+    """Answers each request with 1, 2, 3, ...; a step takes `step_s`."""
+
+    def __init__(self, step_s: float) -> None:
+        self.step_s = step_s
+        self.num_steps = 0
+        self.error: Exception | None = None
+        self._known: dict[RequestId, int] = {}
+        self._next: dict[RequestId, int] = {}
+
+    def start(self) -> ExecutorInfo:
+        return ExecutorInfo(num_blocks=512, kv_bytes=0, weight_bytes=0, device_name="fake")
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        time.sleep(self.step_s)
+        if self.error is not None:
+            raise self.error
+        self.num_steps += 1
+        tokens: dict[RequestId, tuple[int, ...]] = {}
+        for new in plan.new:
+            self._known[new.request_id] = len(new.token_ids)
+            self._next[new.request_id] = 1 + len(new.token_ids) - new.num_prompt_tokens
+        for entry in plan.continued:
+            self._known[entry.request_id] += len(entry.new_token_ids)
+        for entry in (*plan.new, *plan.continued):
+            if entry.num_computed + entry.num_new == self._known[entry.request_id]:
+                tokens[entry.request_id] = (self._next[entry.request_id],)
+                self._next[entry.request_id] += 1
+        return StepResult(plan.step, tokens)
+
+
+class LocalResponse:
+    """A Serve response whose replica is in this process."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class LocalHandle:
+    """A Serve handle whose replica is in this process."""
+
+    def __init__(self, generate: Callable[[GenerateCall, str], Any]) -> None:
+        self._generate = generate
+
+    @property
+    def generate(self) -> LocalHandle:
+        return self
+
+    def remote(self, call: GenerateCall, reply_to: str) -> LocalResponse:
+        return LocalResponse(asyncio.ensure_future(self._generate(call, reply_to)))
+
+
+class Rig:
+    """A replica and a gateway, joined."""
+
+    def __init__(self) -> None:
+        self.device = CountingDevice(step_s=0.002)
+        self.engine = AsyncEngine(EngineOptions("tiny"), factory=lambda progress: (self._config(), self.device))
+        self.calls = Calls(self.engine)
+        self.inbox = StepInbox("127.0.0.1")
+        self.backend = self.backend_over(self.calls.run)
+
+    def backend_over(self, generate: Callable[[GenerateCall, str], Any]) -> ReplicaBackend:
+        return ReplicaBackend("tiny", LocalHandle(generate), self.inbox)  # type: ignore[arg-type]
+
+    def _config(self) -> EngineConfig:
+        return resolve(EngineOptions("tiny", block_size=4), MODEL, Machine("cpu", 2**30, 1))
+
+    async def until_running(self, count: int) -> float:
+        """Wait until the engine runs so many requests and none waits; seconds that took."""
+        start = time.monotonic()
+        while (self.engine.stats().num_running, self.engine.stats().num_waiting) != (count, 0):
+            assert time.monotonic() - start < 5, self.engine.stats()
+            await asyncio.sleep(0.001)
+        return time.monotonic() - start
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    await rig.engine.start()
+    rig.inbox.start()
+    yield rig
+    await rig.engine.close()
+    rig.calls.close()
+    rig.inbox.close()
+
+
+def call(name: str, max_tokens: int = 5, *, n: int = 1, prompt: tuple[int, ...] = (7, 8, 9)) -> GenerateCall:
+    params = SamplingParams(max_tokens=max_tokens, n=n, seed=1, temperature=0.0 if n == 1 else 1.0)
+    return GenerateCall(name, prompt, params)
+
+
+async def tokens_of(backend: ReplicaBackend, call: GenerateCall) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {sample_id: [] for sample_id in call.sample_ids}
+    async for outputs in backend.generate(call):
+        for output in outputs:
+            tokens[output.request_id].extend(output.token_ids)
+    return tokens
+
+
+async def test_every_call_gets_all_its_tokens_in_order(rig: Rig) -> None:
+    calls = [call(f"c{i}", max_tokens=1 + i) for i in range(20)]
+    answers = await asyncio.gather(*(tokens_of(rig.backend, c) for c in calls))
+    assert answers == [{f"c{i}-0": list(range(1, i + 2))} for i in range(20)]
+
+
+async def test_samples_of_a_call_come_apart_and_complete(rig: Rig) -> None:
+    answer = await tokens_of(rig.backend, call("c", 6, n=3))
+    assert answer == {f"c-{i}": [1, 2, 3, 4, 5, 6] for i in range(3)}
+
+
+async def test_one_message_per_step_however_many_calls(rig: Rig) -> None:
+    received: list[int] = []
+    deliver = rig.inbox._deliver
+
+    def count(outputs: list[RequestOutput]) -> None:
+        received.append(len(outputs))
+        deliver(outputs)
+
+    rig.inbox._deliver = count  # type: ignore[method-assign]
+    await asyncio.gather(*(tokens_of(rig.backend, call(f"c{i}", 10)) for i in range(8)))
+    assert sum(received) == 80
+    assert len(received) <= rig.device.num_steps
+
+
+async def test_closing_the_generator_aborts_at_once(rig: Rig) -> None:
+    stream = rig.backend.generate(call("c", 400))
+    await anext(stream)
+    await stream.aclose()
+    assert await rig.until_running(0) < 0.5
+    assert rig.engine.stats().kv_usage == 0
+    finished = {p.labels: p.value for p in rig.calls.snapshot() if p.metric == "vllm:request_success"}
+    assert finished["abort",] == 1
+
+
+async def test_cancelling_the_reader_aborts_at_once(rig: Rig) -> None:
+    reader = asyncio.create_task(tokens_of(rig.backend, call("c", 400, n=4)))
+    await rig.until_running(4)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert await rig.until_running(0) < 0.5
+
+
+async def test_a_refused_call_says_which_field(rig: Rig) -> None:
+    with pytest.raises(RequestError) as refusal:
+        await tokens_of(rig.backend, call("c", prompt=(1, 2, 10**6)))
+    assert "1000000" in str(refusal.value)
+    assert refusal.value.param == "prompt"
+    assert await tokens_of(rig.backend, call("d", 2)) == {"d-0": [1, 2]}
+
+
+async def test_a_failing_engine_ends_its_calls(rig: Rig) -> None:
+    stream = rig.backend.generate(call("c", 400))
+    await anext(stream)
+    rig.device.error = RuntimeError("device lost")
+    last = [outputs async for outputs in stream][-1][0]
+    assert last.finish_reason is FinishReason.ERROR
+    assert "device lost" in str(last.error)
+    with pytest.raises(ReplicaUnavailableError):
+        await tokens_of(rig.backend, call("d"))
+
+
+async def test_a_dead_replica_ends_its_calls(rig: Rig) -> None:
+    async def die(call: GenerateCall, reply_to: str) -> CallSummary:
+        await asyncio.sleep(0.02)
+        raise ConnectionResetError
+
+    with pytest.raises(ReplicaUnavailableError, match="tiny failed: ConnectionResetError"):
+        await asyncio.wait_for(tokens_of(rig.backend_over(die), call("c")), timeout=2)
+
+
+async def test_lost_last_tokens_are_waited_for_only_so_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_backend, "LAST_TOKENS_TIMEOUT_S", 0.05)
+
+    async def elsewhere(call: GenerateCall, reply_to: str) -> CallSummary:
+        return await rig.calls.run(call, "tcp://127.0.0.1:1")
+
+    with pytest.raises(TokensLostError, match="last of 5 tokens"):
+        await asyncio.wait_for(tokens_of(rig.backend_over(elsewhere), call("c")), timeout=2)
+
+
+async def test_a_gap_is_an_error_and_not_a_shorter_answer(rig: Rig) -> None:
+    deliver = rig.inbox._deliver
+
+    def lossy(outputs: list[RequestOutput]) -> None:
+        deliver([output for output in outputs if output.token_ids != (3,)])
+
+    rig.inbox._deliver = lossy  # type: ignore[method-assign]
+    with pytest.raises(TokensLostError, match="1 of 5 tokens of c-0"):
+        await tokens_of(rig.backend, call("c"))
+
+
+async def test_noise_on_the_socket_changes_nothing(rig: Rig) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    noise = context.socket(zmq.PUSH)
+    noise.connect(rig.inbox.address)
+    for message in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1000, encode_step([RequestOutput(RequestId("x"), (1,))])):
+        noise.send(message)
+    assert await tokens_of(rig.backend, call("c")) == {"c-0": [1, 2, 3, 4, 5]}
+    context.destroy(linger=0)
+
+
+async def test_a_gateway_that_is_gone_keeps_no_socket() -> None:
+    with GatewayChannels(lambda outputs: None) as channels:
+        gone = channels.sink("tcp://127.0.0.1:1")
+        busy = channels.sink("tcp://127.0.0.1:2")
+        busy.open(call("c").requests(0.0))
+        channels.sink("tcp://127.0.0.1:3")
+        assert gone._socket.closed
+        assert not busy._socket.closed
+        gone.deliver([RequestOutput(RequestId("c-0"), (1,))])  # an output that was on its way: no error
+
+
+token_ids = st.integers(0, 2**31 - 1)
+numbers = st.floats(allow_nan=False)
+outputs = st.builds(
+    RequestOutput,
+    request_id=st.text(max_size=40),
+    token_ids=st.lists(token_ids, max_size=4).map(tuple),
+    logprobs=st.lists(
+        st.builds(
+            TokenLogprobs, numbers, token_ids, st.tuples(token_ids, token_ids), st.tuples(numbers, numbers)
+        ),
+        max_size=2,
+    ).map(tuple),
+    finish_reason=st.none() | st.sampled_from(FinishReason),
+    num_cached_tokens=st.integers(0, 2**40),
+    error=st.none() | st.text(),
+    times=st.none()
+    | st.builds(
+        RequestTimes, numbers, st.none() | numbers, st.none() | numbers, numbers, token_ids, token_ids, token_ids,
+        token_ids, st.none() | token_ids,
+    ),
+)  # fmt: skip
+
+
+@given(st.lists(outputs, max_size=4))
+def test_a_step_message_carries_every_field(step: list[RequestOutput]) -> None:
+    assert decode_step(encode_step(step)) == step

@@ -1,0 +1,213 @@
+"""The `shoal` command: arguments, errors of one line before anything starts, and talking to a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.cluster import cli
+from shoal.cluster.channel import Progress
+from shoal.cluster.commands.processes import kill_marked, mark_processes, marked_processes
+from shoal.cluster.commands.serve import announcement, base_url, check_port
+from shoal.cluster.metrics import ReplicaMetrics, render
+from shoal.cluster.progress import ProgressReceiver, ProgressSender
+from shoal.engine.config import ConfigError
+from shoal.engine.request import EngineStats
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers as a gateway does; remembers the bodies it was sent."""
+
+    bodies: list[dict[str, Any]] = []  # noqa: RUF012  (the fixture empties it)
+
+    def do_GET(self) -> None:
+        metrics = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(num_running=2))})
+        answers = {
+            "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 64}]}),
+            "/metrics": metrics,
+        }
+        self._answer(200, answers[self.path].encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.bodies.append(body)
+        if body["model"] != "m":
+            self._answer(404, b'{"error": {"message": "there is no model x", "code": "model_not_found"}}')
+            return
+        events = [{"choices": [{"delta": {"content": part}}]} for part in ("Hello", " you")]
+        if body["messages"][-1]["content"] == "fail":
+            events.append({"error": {"message": "the replica failed"}})
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+        self._answer(200, "".join([*lines, "data: [DONE]\n\n"]).encode())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    FakeServer.bodies.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["status"]])
+def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    assert exit.value.code == 0
+    assert not command or "examples:" in capsys.readouterr().out
+
+
+def test_arguments_become_configuration() -> None:
+    model_arguments = ["--model-name", "tiny", "--dtype", "fp32", "--kv-memory", "1GiB", "--replicas", "2"]
+    args = cli.build_parser().parse_args(["serve", "--port", "9001", *model_arguments, "--num-threads", "3"])
+    config = cli.serve_config(args)
+    model = config.models[0]
+    assert (config.http.port, model.name, model.replicas) == (9001, "tiny", 2)
+    assert (model.engine.dtype, model.engine.kv_memory, model.engine.num_threads) == ("fp32", 2**30, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/model"], "there is no no/such/model"),
+        (["--port", "0"], "http.port"),
+        (["--kv-memory", "much"], "'much' is no amount of memory"),
+        (["--dtype", "int3"], "dtype 'int3' is not known"),
+        (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", *(["--port", str(_free_port())] if "--port" not in arguments else []), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("shoal: error: ")
+    assert len(error.splitlines()) == 1
+    assert "ray" not in error
+
+
+def test_a_port_in_use_is_refused_with_the_way_out() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port} .*--port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_the_announcement_can_be_pasted() -> None:
+    text = announcement(base_url("0.0.0.0", 8000), "m", 12.34)
+    assert "ready after 12.3 s" in text
+    command = next(line for line in text.splitlines() if "curl" in line).split(" -d ")
+    assert "http://127.0.0.1:8000/v1/chat/completions" in command[0]
+    assert json.loads(command[1].strip("'"))["model"] == "m"
+
+
+def test_chat_prints_one_answer(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["chat", "--url", url, "-m", "hi", "--system", "be kind", "--temperature", "0"])
+    assert (code, capsys.readouterr().out) == (0, "Hello you\n")
+    body = FakeServer.bodies[0]
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert (body["model"], body["temperature"], "max_tokens" in body) == ("m", 0.0, False)
+
+
+def test_a_conversation_remembers_until_reset(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["one", "two", "/reset", "three", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", "--url", url]) == 0
+    asked = [[message["content"] for message in body["messages"]] for body in FakeServer.bodies]
+    assert asked == [["one"], ["one", "Hello you", "two"], ["three"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--model", "x"], "there is no model x"), (["-m", "fail"], "the replica failed")],
+)
+def test_the_servers_own_words_are_shown(
+    url: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["chat", "--url", url, "-m", "hi", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_no_server_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["chat", "-m", "hi"], ["status"]):
+        assert cli.main([*command, "--url", f"http://127.0.0.1:{_free_port()}"]) == 1
+        assert "start one with `shoal serve`" in capsys.readouterr().err
+
+
+def test_status_shows_replicas(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--url", url, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["models"][0]["replicas"][0]["running"] == 2
+    assert cli.main(["status", "--url", url]) == 0
+    assert "replica 0: 2 running" in capsys.readouterr().out
+
+
+def test_progress_reaches_the_starting_command_and_never_blocks_without_it() -> None:
+    with ProgressReceiver("127.0.0.1") as receiver, ProgressSender(receiver.address, "m") as sender:
+        sender.send("loading weights", 1, 2)
+        sender.fail("no memory")
+        assert receiver.receive(2.0) == Progress("m", "loading weights", 1, 2)
+        last = receiver.receive(2.0)
+        assert last is not None
+        assert last.error == "no memory"
+        assert receiver.receive(0.01) is None
+    for address in (None, receiver.address):
+        with ProgressSender(address, "m") as sender:
+            sender.send("loading weights", 1, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_marked_processes_are_found_even_when_orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_RUN", "")  # restored afterwards
+    mark = mark_processes()
+    script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert len(list(marked_processes(mark))) == 1
+    assert kill_marked(mark, wait_s=0.0) == 1
+    assert not list(marked_processes(mark))
+
+
+def test_the_command_starts_without_ray_or_torch() -> None:
+    script = (
+        "import sys, shoal.cluster.cli as cli; cli.build_parser(); "
+        "print([name for name in ('ray', 'torch', 'transformers') if name in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

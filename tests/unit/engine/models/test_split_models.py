@@ -1,0 +1,183 @@
+"""A model split over tensor ranks or stages computes what the whole model does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.engine.config import ConfigError, EngineConfig
+from shoal.engine.layers.attention import AttentionBatch
+from shoal.engine.models.decoder import Decoder
+from shoal.engine.models.registry import load_model
+from shoal.engine.parallel.collectives import SingleRank
+from shoal.engine.parallel.topology import SINGLE, Topology
+from shoal.kernels.dispatch import reference
+
+IDS = torch.arange(3, 33)  # [30]
+BLOCK_SIZE = 8
+TOLERANCE = 1e-5  # of fp32 logits with a range of about 10; only the order of sums differs
+
+
+class ThreadRanks:
+    """Collectives of ranks that run as threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=20)
+        self._parts: list[Tensor | None] = [None] * size
+
+    def of_rank(self, rank: int) -> ThreadRank:
+        return ThreadRank(self, rank)
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        self._parts[rank] = x.clone()
+        self._barrier.wait()
+        parts = [part for part in self._parts if part is not None]
+        self._barrier.wait()
+        return parts
+
+
+class ThreadRank:
+    def __init__(self, ranks: ThreadRanks, rank: int) -> None:
+        self._ranks = ranks
+        self._rank = rank
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self._ranks.exchange(self._rank, x)).sum(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._ranks.exchange(self._rank, x), dim=-1)
+
+
+def _batch(num_tokens: int) -> AttentionBatch:
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    return AttentionBatch(
+        slots=torch.arange(num_tokens),
+        block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
+        query_starts=torch.tensor([0, num_tokens], dtype=torch.int32),
+        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        max_query_len=num_tokens,
+    )
+
+
+def _run_stage(config: EngineConfig, model: Any, topology: Topology, hidden: Tensor | None = None) -> Tensor:
+    facts = config.model
+    kv_heads = len(topology.head_shard(facts.num_heads, facts.num_kv_heads).kv_heads)
+    shape = (4, 2, kv_heads, BLOCK_SIZE, facts.head_dim)
+    kv = [torch.zeros(shape) for _ in model.layer_range]
+    with torch.inference_mode():
+        states: Tensor = model.forward(IDS, torch.arange(len(IDS)), _batch(len(IDS)), kv, hidden)
+    return states
+
+
+def _whole_logits(config: EngineConfig) -> Tensor:
+    model = load_model(config, reference(), SINGLE, SingleRank())
+    with torch.inference_mode():
+        return model.logits(_run_stage(config, model, SINGLE))
+
+
+def _rank_logits(config: EngineConfig, rank: int, size: int, ranks: ThreadRanks) -> tuple[Tensor, int]:
+    topology = Topology(rank, size, 0, 1)
+    model = load_model(config, reference(), topology, ranks.of_rank(rank))
+    with torch.inference_mode():
+        return model.logits(_run_stage(config, model, topology)), model.weight_bytes
+
+
+def _tensor_parallel_logits(config: EngineConfig, size: int) -> list[tuple[Tensor, int]]:
+    ranks = ThreadRanks(size)
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(_rank_logits, config, rank, size, ranks) for rank in range(size)]
+        return [future.result(timeout=60) for future in futures]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "tied and biased": (
+        "LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, 2,
+    ),
+    "untied": ("LlamaConfig", {}, 2),
+    "unequal shares": ("LlamaConfig", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, 2),
+    "more ranks than KV heads": ("Qwen2Config", {}, 4),
+    "q/k norms": ("Qwen3Config", {"head_dim": 16}, 2),
+    "soft-caps and windows": ("Gemma2Config", {"head_dim": 16, "sliding_window": 7}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensor_ranks_together_equal_one_rank(
+    name: str, tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
+) -> None:
+    config_class, fields, size = CASES[name]
+    save_checkpoint(tmp_path, config_class, fields)
+    config = open_config(tmp_path)
+    expected = _whole_logits(config)
+    for found, _ in _tensor_parallel_logits(config, size):
+        assert (found - expected).abs().max() <= TOLERANCE
+
+
+def test_tensor_ranks_share_the_memory(
+    tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
+) -> None:
+    save_checkpoint(tmp_path, "LlamaConfig", {})
+    config = open_config(tmp_path)
+    whole = load_model(config, reference(), SINGLE, SingleRank()).weight_bytes
+    shares = [weight_bytes for _, weight_bytes in _tensor_parallel_logits(config, 2)]
+    repeated = 9 * config.model.hidden_size * 4  # norms are on every rank
+    padded = config.model.hidden_size * 4 * 2  # one row of each table, as 199 is odd
+    assert sum(shares) == whole + repeated + padded
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_stages_in_a_row_equal_one_stage_bit_for_bit(
+    is_tied: bool, tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
+) -> None:
+    save_checkpoint(tmp_path, "LlamaConfig", {"tie_word_embeddings": is_tied})
+    config = open_config(tmp_path)
+    hidden = None
+    covered: list[int] = []
+    for stage in range(3):
+        topology = Topology(0, 1, stage, 3)
+        model = load_model(config, reference(), topology, SingleRank())
+        assert isinstance(model, Decoder)
+        covered.extend(model.layer_range)
+        hidden = _run_stage(config, model, topology, hidden)
+    assert covered == [0, 1, 2, 3]
+    assert hidden is not None
+    with torch.inference_mode():
+        assert torch.equal(model.logits(hidden), _whole_logits(config))
+
+
+def test_every_stage_reports_its_own_progress_to_the_end(
+    tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
+) -> None:
+    save_checkpoint(tmp_path, "LlamaConfig", {})
+    config = open_config(tmp_path)
+    totals = []
+    for stage in range(2):
+        seen: list[tuple[int, int]] = []
+        load_model(config, reference(), Topology(0, 1, stage, 2), SingleRank(), lambda *at, seen=seen: seen.append(at))
+        assert seen == sorted(seen)
+        assert seen[-1][0] == seen[-1][1]
+        totals.append(seen[-1][1])
+    assert sum(totals) == config.model.num_parameters * 4
+
+
+@pytest.mark.parametrize(
+    ("topology", "way_out"),
+    [(Topology(0, 3, 0, 1), "multiple of 2 up to 4"), (Topology(0, 1, 0, 5), "at most 4 stages")],
+)
+def test_a_split_that_cannot_be_is_refused_by_name(
+    topology: Topology,
+    way_out: str,
+    tmp_path: Path,
+    save_checkpoint: Callable[..., Any],
+    open_config: Callable[..., EngineConfig],
+) -> None:
+    save_checkpoint(tmp_path, "LlamaConfig", {})
+    with pytest.raises(ConfigError, match=way_out):
+        load_model(open_config(tmp_path), reference(), topology, SingleRank())

@@ -1,0 +1,124 @@
+"""Penalties, bias, minimum lengths and log-probabilities, against formulas written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shoal.engine.request import RequestId, SamplingParams
+from shoal.engine.sampling.sampler import SampleBatch, Sampler
+from shoal.kernels import dispatch
+
+VOCAB = 50
+EOS = 7
+
+
+def batch(params: list[SamplingParams], num_outputs: int = 0, position: int = 10, seed: int = 3) -> SampleBatch:
+    count = len(params)
+
+    def array(name, dtype):
+        return np.array([getattr(p, name) for p in params], dtype)
+
+    return SampleBatch(
+        request_ids=[RequestId(f"r{i}") for i in range(count)],
+        params=params,
+        num_outputs=[num_outputs] * count,
+        seeds=np.full(count, seed, np.uint64),
+        streams=np.zeros(count, np.uint32),
+        positions=np.full(count, position, np.int64),
+        temperature=array("temperature", np.float32),
+        top_k=array("top_k", np.int32),
+        top_p=array("top_p", np.float32),
+        min_p=array("min_p", np.float32),
+    )
+
+
+def make(params: list[SamplingParams], prompt: list[int] = [1, 2], output: list[int] = [3, 3, 4]) -> Sampler:
+    sampler = Sampler(dispatch.reference(), (EOS,), VOCAB)
+    for i, p in enumerate(params):
+        sampler.add(RequestId(f"r{i}"), p, torch.tensor(prompt + output), len(prompt))
+    return sampler
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_penalties_follow_the_formulas(logits):
+    params = SamplingParams(
+        temperature=0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5, logprobs=0
+    )
+    expected = logits[0].clone()
+    for token in (1, 2, 3, 4):  # prompt and output
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    for token, count in ((3, 2), (4, 1)):  # output only
+        expected[token] -= 0.25 * count + 0.5
+    seen = logits.clone()
+    sampler = make([params])
+    sampler._processors[RequestId("r0")].apply(seen[0], 3)
+    assert torch.allclose(seen[0], expected)
+
+
+def test_counts_follow_the_drawn_tokens(logits):
+    params = SamplingParams(temperature=0, frequency_penalty=2.0)
+    sampler, drawn = make([params], output=[]), []
+    for step in range(6):
+        tokens, _ = sampler.sample(logits.clone(), batch([params], num_outputs=step))
+        drawn += tokens
+    counts = torch.zeros(VOCAB)
+    for token in drawn:  # greedy on logits minus twice what was drawn so far
+        assert token == int((logits[0] - 2.0 * counts).argmax())
+        counts[token] += 1
+    assert len(set(drawn)) > 1
+
+
+def test_bias_forces_and_forbids(logits):
+    best = int(logits.argmax())
+    forced = SamplingParams(temperature=0, logit_bias={11: 100.0})
+    forbidden = SamplingParams(temperature=0, logit_bias={best: -100.0})
+    tokens, _ = make([forced, forbidden]).sample(logits.repeat(2, 1), batch([forced, forbidden]))
+    assert tokens[0] == 11
+    assert tokens[1] != best
+
+
+def test_end_of_text_waits_for_min_tokens(logits):
+    logits[0, EOS] = 100.0
+    logits[0, 9] = 50.0
+    params = SamplingParams(temperature=0, min_tokens=4, stop_token_ids=(9,))
+    sampler = make([params])
+    early, _ = sampler.sample(logits.clone(), batch([params], num_outputs=3))
+    late, _ = sampler.sample(logits.clone(), batch([params], num_outputs=4))
+    assert early[0] not in (EOS, 9)
+    assert late[0] == EOS
+
+
+def test_logprobs_are_of_the_model_itself(logits):
+    plain = torch.log_softmax(logits[0], -1)
+    params = SamplingParams(temperature=0.5, logprobs=5, logit_bias={11: 100.0}, presence_penalty=1.0)
+    tokens, logprobs = make([params]).sample(logits.clone(), batch([params]))
+    answer = logprobs[RequestId("r0")]
+    assert tokens == [11]
+    assert answer.logprob == pytest.approx(float(plain[11]))
+    assert answer.rank == int((plain > plain[11]).sum()) + 1
+    assert list(answer.top_ids) == plain.topk(5).indices.tolist()
+    assert list(answer.top_logprobs) == pytest.approx(plain.topk(5).values.tolist())
+
+
+def test_a_row_does_not_depend_on_its_neighbours(logits):
+    params = [
+        SamplingParams(temperature=t, top_p=p, top_k=k)
+        for t, p, k in ((0, 1, 0), (1, 0.9, 0), (0.7, 1, 5), (2, 0.5, 9))
+    ]
+    together, _ = make(params).sample(logits.repeat(4, 1), batch(params))
+    for i, p in enumerate(params):
+        alone, _ = make([p]).sample(logits.clone(), batch([p]))
+        assert alone == [together[i]]
+
+
+def test_bfloat16_greedy_equals_float32_of_the_same_values(logits):
+    params = SamplingParams(temperature=0)
+    low = logits.bfloat16()
+    tokens, _ = make([params]).sample(low, batch([params]))
+    assert tokens[0] == int(low.float().argmax())

@@ -1,0 +1,174 @@
+"""The asyncio front: streams, cancellation, failure. The fake device checks every slot underneath."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from shoal.engine.config import ConfigError, EngineOptions
+from shoal.engine.executor import ExecutorError
+from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.request import FinishReason, Request, RequestError, RequestId, RequestOutput, SamplingParams
+from shoal.engine.streaming import AsyncEngine
+
+
+def request(name: str, length: int = 7, max_tokens: int = 6, **fields: object) -> Request:
+    return Request(
+        RequestId(name),
+        tuple(range(1, length + 1)),
+        SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        arrival_s=time.monotonic(),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+async def make_engine(make_harness, make_config):
+    engines = []
+
+    async def make(executor=None, **options):
+        config = make_config(block_size=4, **options)
+        executor = executor or make_harness().executor
+        engine = AsyncEngine(EngineOptions("tiny"), factory=lambda progress: (config, executor))
+        await engine.start()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        await engine.close()
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.batches: list[list[RequestOutput]] = []
+        self.threads: set[str] = set()
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        self.batches.append(outputs)
+        self.threads.add(threading.current_thread().name)
+
+
+async def wait_until(condition, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        await asyncio.sleep(0.005)
+
+
+async def test_streams_are_complete_and_ordered(make_engine, expected):
+    engine = await make_engine()
+
+    async def collect(i: int) -> list[int]:
+        return [token async for output in engine.generate(request(f"r{i}", 3 + i)) for token in output.token_ids]
+
+    answers = await asyncio.gather(*(collect(i) for i in range(8)))
+    for i, tokens in enumerate(answers):
+        assert tokens == expected(tuple(range(1, 4 + i)), 6)
+
+
+async def test_a_sink_is_called_once_per_step(make_engine):
+    engine = await make_engine()
+    sink = Collector()
+    engine.submit([request(f"r{i}") for i in range(5)], sink)
+    await wait_until(lambda: engine.stats().requests_finished_total == 5)
+    assert sink.threads == {"engine"}
+    assert len(sink.batches) == 6
+    assert all(len(batch) == 5 for batch in sink.batches)
+    assert all(output.times is not None for output in sink.batches[-1])
+
+
+class SlowExecutor:
+    """The fake device with a fixed step time, and a step at which it fails."""
+
+    def __init__(self, inner, step_s: float = 0.02, fail_at: int | None = None) -> None:
+        self.inner, self.step_s, self.fail_at = inner, step_s, fail_at
+        self.is_closed = False
+
+    def start(self):
+        return self.inner.start()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        time.sleep(self.step_s)
+        if plan.step == self.fail_at:
+            raise RuntimeError("rank 0 is gone")
+        return self.inner.execute(plan)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_closing_a_stream_aborts_within_a_step(make_engine, make_harness):
+    engine = await make_engine(SlowExecutor(make_harness().executor))
+    stream = engine.generate(request("r", max_tokens=200))
+    await anext(stream)
+    await stream.aclose()
+    stopped_at = engine.stats().steps_total
+    await wait_until(lambda: engine.stats().num_running == 0)
+    stats = engine.stats()
+    assert stats.steps_total <= stopped_at + 2
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+async def test_abort_before_the_first_step(make_engine, make_harness):
+    engine = await make_engine(SlowExecutor(make_harness().executor))
+    sink = Collector()
+    for i in range(50):
+        engine.submit([request(f"r{i}")], sink)
+        engine.abort([RequestId(f"r{i}")])
+    await wait_until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+async def test_a_refused_request_leaves_the_engine_running(make_engine, expected):
+    engine = await make_engine()
+    with pytest.raises(RequestError):
+        engine.submit([request("fine"), request("long", 5000)], Collector())
+    tokens = [token async for output in engine.generate(request("fine")) for token in output.token_ids]
+    assert tokens == expected(tuple(range(1, 8)), 6)
+
+
+async def test_a_failed_step_ends_every_stream_and_the_engine(make_engine, make_harness):
+    executor = SlowExecutor(make_harness().executor, step_s=0.001, fail_at=4)
+    engine = await make_engine(executor)
+
+    async def last(i: int) -> RequestOutput:
+        output = None
+        async for output in engine.generate(request(f"r{i}", max_tokens=50)):
+            pass
+        return output
+
+    outputs = await asyncio.wait_for(asyncio.gather(*(last(i) for i in range(3))), 5)
+    assert all(output.finish_reason is FinishReason.ERROR for output in outputs)
+    assert all("rank 0 is gone" in (output.error or "") for output in outputs)
+    with pytest.raises(ExecutorError, match="rank 0 is gone"):
+        engine.check()
+    with pytest.raises(ExecutorError):
+        engine.submit([request("late")], Collector())
+    await wait_until(lambda: executor.is_closed)
+
+
+async def test_closing_ends_open_streams(make_engine, make_harness):
+    engine = await make_engine(SlowExecutor(make_harness().executor))
+    stream = engine.generate(request("r", max_tokens=200))
+    await anext(stream)
+    await engine.close()
+    outputs = [output async for output in stream]
+    assert outputs[-1].finish_reason is FinishReason.ABORT
+    with pytest.raises(ExecutorError, match="closed"):
+        engine.submit([request("late")], Collector())
+
+
+async def test_a_start_that_fails_raises_its_own_error(make_config):
+    def factory(progress):
+        raise ConfigError("no such model", field="model")
+
+    engine = AsyncEngine(EngineOptions("nowhere"), factory=factory)
+    with pytest.raises(ConfigError, match="no such model"):
+        await engine.start()
+    await engine.close()

@@ -1,0 +1,285 @@
+"""Every operation of every table equals its torch twin.
+
+The triton table runs in triton's interpreter, in a process of its own: the interpreter is chosen by an environment
+variable when triton is first imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from shoal.kernels.dispatch import Operations, operations, reference
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE: Literal["cpu", "cuda"] = "cuda" if IS_INTERPRETED else "cpu"
+# Relative and absolute; a unit in the last place of bfloat16, since the interpreter truncates instead of rounding.
+TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2**-7, 2e-2), torch.float16: (2**-9, 4e-3)}
+NAN = float("nan")
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+Run = Callable[[Operations], tuple[Tensor, ...]]  # makes its inputs anew, returns all that the operation wrote
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tokens_of(draw: Draw) -> int:
+    return int(draw(st.sampled_from([0, 1, 2, 5] if IS_INTERPRETED else [0, 1, 2, 7, 33])))
+
+
+def generator_of(draw: Draw) -> Callable[[], torch.Generator]:
+    seed = draw(st.integers(0, 2**32))
+    return lambda: torch.Generator().manual_seed(seed)
+
+
+def rms_norm(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, heads, dim, generator = (
+        tokens_of(draw),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 70)),
+        generator_of(draw),
+    )
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        x = torch.randn(tokens, heads + 2, dim, generator=g).to(dtype)[:, 1 : heads + 1]
+        weight = torch.rand(dim, generator=g)
+        return ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x[:, 0], weight, 1e-5)
+
+    return run
+
+
+def add_rms_norm(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, dim, generator = tokens_of(draw), draw(st.integers(1, 70)), generator_of(draw)
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        x, residual = (torch.randn(tokens, dim, generator=g).to(dtype) for _ in range(2))
+        return ops.add_rms_norm(x, residual, torch.rand(dim, generator=g), 1e-5), residual
+
+    return run
+
+
+def heads_of(draw: Draw) -> tuple[int, int, int]:
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 4, 8]))
+    return kv_heads, kv_heads * group, draw(st.sampled_from([8, 24, 64] if IS_INTERPRETED else [2, 8, 24, 64, 80, 128]))
+
+
+def split_heads(qkv: Tensor, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
+    """Strided views of a merged projection."""
+    return list(qkv.view(len(qkv), heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1))
+
+
+def rotary(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, (kv_heads, heads, dim), generator = tokens_of(draw), heads_of(draw), generator_of(draw)
+    rotary_dim = draw(st.integers(1, dim // 2)) * 2
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
+        q, k, _ = split_heads(qkv, heads, kv_heads, dim)
+        positions = torch.randint(0, 50, (tokens,), generator=g)
+        ops.rotary(q, k, positions, torch.rand(50, rotary_dim, generator=g) * 2 - 1)
+        return (qkv,)
+
+    return run
+
+
+def kv_write(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, (kv_heads, heads, dim), generator = tokens_of(draw), heads_of(draw), generator_of(draw)
+    block_size = draw(st.sampled_from([4, 16]))
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
+        _, k, v = split_heads(qkv, heads, kv_heads, dim)
+        pool = torch.zeros(12, 3, 2, kv_heads, block_size, dim, dtype=dtype)
+        slots = torch.randperm(12 * block_size, generator=g)[:tokens]
+        slots[torch.rand(tokens, generator=g) < 0.3] = -1
+        ops.kv_write(k, v, pool[:, 1], slots)
+        return (pool,)
+
+    return run
+
+
+def copy_blocks(draw: Draw, dtype: torch.dtype) -> Run:
+    count, generator = draw(st.integers(0, 4)), generator_of(draw)
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        pool = torch.randn(9, 2, 2, 1, 4, 8, generator=generator()).to(dtype)
+        chosen = torch.randperm(9, generator=generator())
+        ops.copy_blocks(pool, chosen[:count], chosen[4 : 4 + count])
+        return (pool,)
+
+    return run
+
+
+def attention(draw: Draw, dtype: torch.dtype) -> Run:
+    """Everything that must not be read is NaN: other blocks, slots past the context, blocks before the window."""
+    (kv_heads, heads, dim), block_size = heads_of(draw), draw(st.sampled_from([4, 16]))
+    query_len = st.sampled_from([0, 1, 2, block_size, block_size + 1, 40][: 5 if IS_INTERPRETED else 6])
+    earlier = st.sampled_from([0, 1, block_size - 1, 37] + ([] if IS_INTERPRETED else [500, 1100]))
+    requests = draw(st.lists(st.tuples(query_len, earlier), min_size=1, max_size=3))
+    window = draw(st.sampled_from([None, None, 1, 5, block_size, 70]))
+    softcap, seed = draw(st.sampled_from([None, 15.0])), draw(st.integers(0, 2**32))
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g, order = torch.Generator().manual_seed(seed), random.Random(seed)
+        lens = [n for n, _ in requests]
+        contexts = [n + before for n, before in requests]
+        counts = [-(-context // block_size) for context in contexts]
+        free = list(range(sum(counts) + 1))
+        order.shuffle(free)
+        poison = free.pop()
+        pool = torch.full((len(free) + 1, 2, 2, kv_heads, block_size, dim), NAN, dtype=dtype)
+        tables = torch.full((len(requests), max(counts) + 2), poison, dtype=torch.int32)
+        for request, context in enumerate(contexts):
+            oldest = 0 if window is None else max(0, context - lens[request] - window + 1)
+            for index in range(oldest // block_size, counts[request]):
+                block, used = free.pop(), min(block_size, context - index * block_size)
+                tables[request, index] = block
+                pool[block, 1, :, :, :used] = torch.randn(2, kv_heads, used, dim, generator=g).to(dtype)
+        qkv = torch.randn(sum(lens), (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
+        q = split_heads(qkv, heads, kv_heads, dim)[0]
+        starts = torch.tensor([0, *lens]).cumsum(0).int()
+        arguments = (q, pool[:, 1], tables, starts, torch.tensor(contexts, dtype=torch.int32), max(lens))
+        return (ops.attention(*arguments, scale=dim**-0.5, window=window, softcap=softcap),)
+
+    return run
+
+
+def gated_activation(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, inter, generator = tokens_of(draw), draw(st.integers(1, 70)), generator_of(draw)
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        gate_up = (torch.randn(tokens, 2 * inter, generator=generator()) * 4).to(dtype)
+        return ops.gated_activation(gate_up, "silu"), ops.gated_activation(gate_up, "gelu_tanh")
+
+    return run
+
+
+def linear(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, width, out, generator = (
+        tokens_of(draw),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+        generator_of(draw),
+    )
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        x, bias = torch.randn(tokens, width, generator=g).to(dtype), torch.randn(out, generator=g).to(dtype)
+        packed = ops.pack_linear((torch.randn(out, width, generator=g) * width**-0.5).to(dtype))
+        assert (packed.out_features, packed.in_features, packed.dtype) == (out, width, dtype)
+        return ops.linear(x, packed), ops.linear(x, packed, bias)
+
+    return run
+
+
+def sample(draw: Draw, dtype: torch.dtype) -> Run:
+    rows, vocab = draw(st.integers(0, 3)), draw(st.sampled_from([1, 5, 60] if IS_INTERPRETED else [1, 5, 300, 5000]))
+    spread, is_tied, is_masked = draw(st.sampled_from([0.1, 1.0, 8.0])), draw(st.booleans()), draw(st.booleans())
+    generator = generator_of(draw)
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+
+        def some(share: float, value: Tensor, off: float) -> Tensor:
+            return torch.where(torch.rand(rows, generator=g) < share, value, off)
+
+        logits = torch.randn(rows, vocab, generator=g) * spread
+        if is_tied:
+            logits = logits.round()
+        if is_masked:
+            logits[:, 1::2] = -torch.inf
+        temperature = some(0.8, torch.rand(rows, generator=g) * 2 + 0.01, 0.0)
+        top_k = some(0.5, torch.randint(1, vocab + 3, (rows,), generator=g), 0).int()
+        top_p = some(0.5, torch.rand(rows, generator=g) * 0.98 + 0.01, 1.0)
+        min_p = some(0.5, torch.rand(rows, generator=g) * 0.3, 0.0)
+        return (ops.sample(logits, temperature, top_k, top_p, min_p, torch.rand(rows, generator=g)),)
+
+    return run
+
+
+CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rotary": rotary,
+    "kv_write": kv_write,
+    "copy_blocks": copy_blocks,
+    "attention": attention,
+    "gated_activation": gated_activation,
+    "pack_linear": linear,
+    "linear": linear,
+    "sample": sample,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Operations)])
+@settings(
+    max_examples=5 if IS_INTERPRETED else 50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)))
+def test_operation_equals_its_twin(name: str, data: st.DataObject, dtype: torch.dtype) -> None:
+    run = CASES[name](data.draw, dtype)
+    relative, absolute = TOLERANCE[dtype]
+    for result, expected in zip(run(operations(DEVICE)), run(reference()), strict=True):
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, expected, rtol=relative, atol=absolute)
+
+
+if IS_INTERPRETED:
+
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_split_context_equals_the_twin(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+        from shoal.kernels.triton_ops import attention as kernel
+
+        monkeypatch.setattr(kernel, "_splits", lambda *_: 4)
+        g = torch.Generator().manual_seed(0)
+        kv = torch.randn(80, 2, 1, 8, 16, generator=g)
+        q = torch.randn(3, 4, 16, generator=g)
+        arguments = (q, kv, torch.randperm(80, generator=g).int().view(2, 40), torch.tensor([0, 1, 3]).int(),
+                     torch.tensor([20, 301]).int(), 2)  # fmt: skip
+        expected = reference().attention(*arguments, scale=0.25, window=window)
+        result = kernel.attention(*arguments, scale=0.25, window=window)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+    def test_merge_of_splits_equals_the_twin() -> None:
+        from shoal.kernels.torch_ops import attention as twin
+        from shoal.kernels.triton_ops import attention as kernel
+
+        outputs, lses = torch.randn(3, 5, 24), torch.randn(3, 5) * 30
+        lses[1:, 2] = lses[:, 4] = -torch.inf
+        out = torch.empty(5, 24)
+        kernel.merge_splits(outputs, lses, out)
+        torch.testing.assert_close(out[:4], twin.merge_splits(outputs, lses)[:4], rtol=1e-5, atol=1e-6)
+
+else:
+
+    def test_triton_operations_equal_their_twins_in_the_interpreter() -> None:
+        pytest.importorskip("triton")
+        source = Path(__file__).parents[3] / "src"
+        done = subprocess.run(
+            # numpy, which the interpreter computes with, warns where exp overflows to a wanted infinity.
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(source)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
