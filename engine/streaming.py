@@ -184,14 +184,14 @@ class AsyncEngine:
             return
         self._core = core
         on_started(None)
-        error: BaseException | None = None
+        failure: Exception | None = None
         try:
             self._loop(core)
-        except Exception as failure:
+        except Exception as caught:
             log.exception("the engine failed")
-            error = failure
+            failure = caught
         finally:
-            self._fail_open_requests(error)
+            self._fail_open_requests(failure)
             core.close()
 
     def _loop(self, core: EngineCore) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from shoal.kernels.torch_ops import activation, attention, kv_write, linear, norm, rotary, sampling
@@ -42,7 +43,9 @@ class Attention(Protocol):
 
 
 class Linear(Protocol):
-    def __call__(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +93,27 @@ def reference() -> Operations:
 def _cpu() -> Operations:
     from shoal.kernels.cpu_ops import activation, attention, kv_write, library, linear, norm, rotary, sampling
 
-    table = replace(reference(), pack_linear=linear.pack_linear, linear=linear.linear)
     try:
         library.library()
     except library.CompilerError as error:
         logger.warning("no C++ kernels, plain torch serves, several times slower; install g++ or set CXX: %s", error)
-        return table
+        return reference()
     return replace(
-        table,
+        reference(),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         rotary=rotary.rotary,
         kv_write=kv_write.kv_write,
         attention=attention.attention,
         gated_activation=activation.gated_activation,
+        pack_linear=linear.pack_linear,
+        linear=linear.linear,
         sample=sampling.sample,
     )
 
 
 def _cuda() -> Operations:
-    from shoal.kernels.triton_ops import activation, attention, kv_write, norm, rotary, sampling
+    from shoal.kernels.triton_ops import activation, attention, kv_write, linear, norm, rotary, sampling
 
     return replace(
         reference(),
@@ -119,5 +123,6 @@ def _cuda() -> Operations:
         kv_write=kv_write.kv_write,
         attention=attention.attention,
         gated_activation=activation.gated_activation,
+        linear=linear.linear,
         sample=sampling.sample,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,8 +71,8 @@ class ParallelLMHead:
         return cls(linear, vocab_size, collectives, 0 if linear.is_plain else linear.weight_bytes)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> logits [rows, vocab] on every rank."""
-        return self._all_gather(self._linear(hidden))[:, : self._vocab_size]
+        """hidden [rows, hidden] -> logits [rows, vocab] float32 on every rank."""
+        return self._all_gather(self._linear(hidden, out_dtype=torch.float32))[:, : self._vocab_size]
 
 
 def _read_vocab_rows(reader: WeightReader, name: str, vocab_size: int, hidden_size: int, topology: Topology) -> Tensor:

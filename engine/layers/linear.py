@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from shoal.engine.layers.weight_reader import WeightReader
@@ -33,9 +34,9 @@ class Linear:
         """Whether the weight is kept as it was given, without a second copy."""
         return self._packed.layout == "plain"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [tokens, in] -> [tokens, out]."""
-        return self._linear(x, self._packed, self._bias)
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x [tokens, in] -> [tokens, out], in the dtype of x where out_dtype is None."""
+        return self._linear(x, self._packed, self._bias, out_dtype=out_dtype)
 
 
 class ColumnParallelLinear(Linear):

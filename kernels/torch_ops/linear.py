@@ -14,11 +14,11 @@ from torch import Tensor
 class PackedLinear:
     """A weight in the layout of the operation table that packed it. The loader drops the original.
 
-    layout: "plain" is [out_features, in_features] as stored; "onednn" is opaque.
+    layout: "plain" is [out_features, in_features] as stored; "onednn" is opaque; "panels" is as in cpu_ops/linear.cpp.
     """
 
     weight: Tensor
-    layout: Literal["plain", "onednn"]
+    layout: Literal["plain", "onednn", "panels"]
     out_features: int
     in_features: int
     dtype: torch.dtype
@@ -37,8 +37,17 @@ def linear(
     x: Tensor,  # [tokens, in_features]
     packed: PackedLinear,
     bias: Tensor | None = None,  # [out_features]
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [tokens, out_features]
-    """x @ weight.T + bias, in the dtype of x. Raises ValueError where the width of x is not the weight's."""
+    """x @ weight.T + bias, summed in float32 and rounded once.
+
+    out_dtype: that of x where None; float32 keeps what rounding would lose (logits that are close become ties in
+    bfloat16). Raises ValueError where the width of x is not the weight's.
+    """
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"linear needs x of width {packed.in_features}, got {x.shape[-1]}")
-    return F.linear(x, packed.weight, bias)
+    if out_dtype in (None, x.dtype):
+        return F.linear(x, packed.weight, bias)
+    wide_bias = bias.to(out_dtype) if bias is not None else None
+    return F.linear(x.to(out_dtype), packed.weight.to(out_dtype), wide_bias)

@@ -114,6 +114,7 @@ def test_greedy_tokens_equal_transformers(case: Case, start_request: Callable[[]
     assert len(set(case.greedy)) > 1, "the oracle repeats itself: the comparison shows nothing"
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if "transformers" not in name], indirect=True, scope="module")
 def test_bfloat16_stays_near_float32(
     case: Case, open_model: Callable[..., Any], paged_request: Callable[..., Any]
 ) -> None:

@@ -1,0 +1,112 @@
+// Matrix products of bfloat16 operands, summed in float32. The weight lies in panels of 48 outputs, two inputs side by
+// side, as the dot instructions want it. A product adds up its inputs in order, whatever the number of rows and threads:
+// a row's result does not depend on its batch.
+//
+// Against oneDNN through torch on two Zen 4 cores: 1.5 times as fast up to 16 rows, where reading the weight is all there
+// is to do, equal from 32 rows on, and it can answer in float32.
+#include "vec.h"
+
+namespace shoal {
+namespace {
+
+constexpr int kVectors = 3;
+constexpr int kPanel = kVectors * kLanes;  // outputs of a panel; divides the usual widths
+// 24 accumulators of 32 registers, and 11 loads for 24 products: loads bound narrower shapes.
+constexpr int kMaxRows = 8;
+constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kSerialWeights = 1 << 14;
+
+SHOAL_INLINE Vec multiply_add_pairs(Vec sum, Words weights, uint32_t pair) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weights, (__m512bh)_mm512_set1_epi32((int)pair));
+#else
+  const uint32_t low = pair << 16, high = pair & 0xffff0000u;
+  float first, second;
+  std::memcpy(&first, &low, 4);
+  std::memcpy(&second, &high, 4);
+  return sum + as_vec(weights << 16) * first + as_vec(weights & splat_word(0xffff0000u)) * second;
+#endif
+}
+
+// x: kRows rows of `pairs` input pairs; panel: [pairs][48] weight pairs; bias: null or `columns` values;
+// out: kRows rows, of which the first `columns` of 48 are stored.
+template <int kRows, class T>
+void multiply_panel(T* out, int64_t out_stride, const uint32_t* x, int64_t x_stride, const uint32_t* panel,
+                    const BFloat16* bias, int64_t pairs, int columns) {
+  Vec sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < pairs; ++k) {
+    Words weights[kVectors];
+#pragma GCC unroll 3
+    for (int i = 0; i < kVectors; ++i) weights[i] = load_raw<Words>(panel + k * kPanel + i * kLanes);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t pair = x[row * x_stride + k];
+#pragma GCC unroll 3
+      for (int i = 0; i < kVectors; ++i) sums[row][i] = multiply_add_pairs(sums[row][i], weights[i], pair);
+    }
+  }
+  for (int i = 0; i * kLanes < columns; ++i) {
+    const int count = columns - i * kLanes < kLanes ? columns - i * kLanes : kLanes;
+    const Vec added = bias ? load(bias + i * kLanes, count) : Vec{};
+    for (int row = 0; row < kRows; ++row) store(out + row * out_stride + i * kLanes, sums[row][i] + added, count);
+  }
+}
+
+template <class T>
+void multiply(T* out, const uint32_t* x, const uint32_t* panels, const BFloat16* bias, int64_t rows, int64_t outputs,
+              int64_t pairs, int64_t x_stride, int threads) {
+  using Multiply = decltype(&multiply_panel<1, T>);
+  static constexpr Multiply kMultiply[kMaxRows + 1] = {
+      nullptr,
+      multiply_panel<1, T>, multiply_panel<2, T>, multiply_panel<3, T>, multiply_panel<4, T>,
+      multiply_panel<5, T>, multiply_panel<6, T>, multiply_panel<7, T>, multiply_panel<8, T>,
+  };
+  const int64_t num_panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t num_chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (outputs * pairs * rows > kSerialWeights)
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t start = chunk * kRowsPerTask, end = start + kRowsPerTask < rows ? start + kRowsPerTask : rows;
+      const int64_t num_blocks = (end - start + kMaxRows - 1) / kMaxRows;
+      const int64_t column = panel * kPanel;
+      const int columns = (int)(outputs - column < kPanel ? outputs - column : kPanel);
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        // Blocks of equal size, to within a row.
+        const int64_t first = start + block * (end - start) / num_blocks;
+        const int64_t last = start + (block + 1) * (end - start) / num_blocks;
+        kMultiply[last - first](out + first * outputs + column, outputs, x + first * x_stride, x_stride,
+                                panels + panel * pairs * kPanel, bias ? bias + column : nullptr, pairs, columns);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// weight: [outputs, inputs] bfloat16, inputs even -> panels [ceil(outputs / 48)][inputs / 2][48][2], zero-padded.
+SHOAL_EXPORT void shoal_pack_panels(void* panels, const void* weight, int64_t outputs, int64_t inputs, int threads) {
+  const int64_t pairs = inputs / 2, num_panels = (outputs + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    uint32_t* target = (uint32_t*)panels + panel * pairs * kPanel;
+    const uint32_t* source = (const uint32_t*)weight + panel * kPanel * pairs;
+    const int64_t columns = outputs - panel * kPanel < kPanel ? outputs - panel * kPanel : kPanel;
+    for (int64_t k = 0; k < pairs; ++k)
+      for (int64_t column = 0; column < kPanel; ++column)
+        target[k * kPanel + column] = column < columns ? source[column * pairs + k] : 0;
+  }
+}
+
+// x: [rows, inputs] bfloat16, rows `x_stride` elements apart (even); bias: null or [outputs] bfloat16
+// -> out: [rows, outputs], float32 or bfloat16, dense.
+SHOAL_EXPORT void shoal_linear(void* out, const void* x, const void* panels, const void* bias, int64_t rows,
+                               int64_t outputs, int64_t inputs, int64_t x_stride, int is_float, int threads) {
+  const auto* pairs = (const uint32_t*)x;
+  const auto* weights = (const uint32_t*)panels;
+  if (is_float)
+    multiply((float*)out, pairs, weights, (const BFloat16*)bias, rows, outputs, inputs / 2, x_stride / 2, threads);
+  else
+    multiply((BFloat16*)out, pairs, weights, (const BFloat16*)bias, rows, outputs, inputs / 2, x_stride / 2, threads);
+}
+
+}  // namespace shoal
