@@ -100,9 +100,9 @@ class RowParallelLinear(Linear):
             reader.read_into(bias, f"{name}.bias")
         return cls(weight, bias, ops, collectives)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [tokens, in of this rank] -> [tokens, out], the same on every rank."""
-        return self._all_reduce(super().__call__(x))
+        return self._all_reduce(super().__call__(x, out_dtype=out_dtype))
 
 
 def _feature_range(heads: range, head_dim: int) -> range:

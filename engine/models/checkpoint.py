@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.engine.config import ConfigError, DTypeName
+from shoal.engine.gguf_header import end_of_text_ids
 from shoal.engine.models.gguf_config import hugging_face_fields
 from shoal.engine.models.weights.gguf_file import GgufFile, read_gguf_file
 from shoal.engine.models.weights.safetensors_index import read_safetensors_index
@@ -86,17 +87,12 @@ def _read_directory(directory: Path) -> Checkpoint:
 def _read_gguf(path: Path) -> Checkpoint:
     file = read_gguf_file(path)
     architecture, fields = hugging_face_fields(file)
-    eos = {
-        file.metadata[key]
-        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-        if key in file.metadata
-    }
     return Checkpoint(
         path=path,
         architecture=architecture,
         fields=fields,
         tensors=file.tensors,
-        eos_token_ids=tuple(sorted(eos)),
+        eos_token_ids=end_of_text_ids(file.metadata),
         gguf=file,
     )
 

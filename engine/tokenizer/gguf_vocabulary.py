@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from shoal.engine.config import ConfigError
-from shoal.engine.tokenizer.gguf_metadata import read_gguf_metadata
+from shoal.engine.gguf_header import end_of_text_ids, read_gguf_metadata
 from shoal.engine.tokenizer.parts import SPACE_MARK, Spelling, TokenizerParts
 
 # tokenizer.ggml.token_type
@@ -65,12 +65,6 @@ _WHOLE_WORDS_FIRST = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 )
 
-# Converters name one end of text; chat models also end a turn with one of these (llama.cpp's list).
-_END_TOKENS = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
-     "<|end_of_text|>", "<end_of_utterance>")
-)  # fmt: skip
-
 _TEMPLATE_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -109,7 +103,7 @@ def load_gguf_tokenizer(path: str | Path) -> TokenizerParts:
         backend=backend,
         spelling=spelling,
         strips_first_space=spelling is Spelling.SENTENCEPIECE and _adds_space(metadata),
-        eos_token_ids=_end_ids(tokens, metadata.get("tokenizer.ggml.token_type") or (), ids),
+        eos_token_ids=end_of_text_ids(metadata),
         bos_token_id=bos_id,
         chat_template=metadata.get("tokenizer.chat_template"),
         special_tokens={name: tokens[ids[key]] for name, key in _TEMPLATE_TOKENS.items() if key in ids},
@@ -202,13 +196,3 @@ def _add_whole_tokens(backend: Tokenizer, tokens: Sequence[str], types: Iterable
             shown.append(AddedToken(token, special=False, normalized=False))
     backend.add_special_tokens(special)
     backend.add_tokens(shown)
-
-
-def _end_ids(tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]) -> tuple[int, ...]:
-    named = [ids[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in ids]
-    by_text = [
-        index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _END_TOKENS
-    ]
-    return tuple(dict.fromkeys((*named, *by_text)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class FakeExecutor:
 
     def _compute(self, request_id: RequestId, start: int, count: int, writes: set[tuple[int, int]]) -> int | None:
         tokens, table = self.tokens[request_id], self.tables[request_id]
-        assert 0 < count
+        assert count > 0
         assert start + count <= len(tokens)
         for position in range(start, start + count):
             slot = self._slot(table, position)
@@ -166,8 +166,8 @@ class Harness:
 
 
 @pytest.fixture
-def make_harness() -> Iterator[Callable[..., Harness]]:
-    yield Harness
+def make_harness() -> Callable[..., Harness]:
+    return Harness
 
 
 @pytest.fixture

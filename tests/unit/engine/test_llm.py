@@ -1,4 +1,4 @@
-"""Offline use with the real model: text, stop strings, samples, cached prompts, errors; and transformers' own tokens."""
+"""Offline use with the real model: text, stop strings, samples, cached prompts, errors; and equality."""
 
 from __future__ import annotations
 

@@ -138,10 +138,7 @@ async def test_a_failed_step_ends_every_stream_and_the_engine(make_engine, make_
     engine = await make_engine(executor)
 
     async def last(i: int) -> RequestOutput:
-        output = None
-        async for output in engine.generate(request(f"r{i}", max_tokens=50)):
-            pass
-        return output
+        return [output async for output in engine.generate(request(f"r{i}", max_tokens=50))][-1]
 
     outputs = await asyncio.wait_for(asyncio.gather(*(last(i) for i in range(3))), 5)
     assert all(output.finish_reason is FinishReason.ERROR for output in outputs)

@@ -19,9 +19,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from shoal.engine.config import ConfigError
+from shoal.engine.gguf_header import read_gguf_metadata
 from shoal.engine.request import RequestError
 from shoal.engine.tokenizer import Tokenizer
-from shoal.engine.tokenizer.gguf_metadata import read_gguf_metadata
 
 
 def model_path() -> Path:
@@ -122,7 +122,7 @@ def test_chat_is_rendered_as_documented(smollm2: Tokenizer) -> None:
 
 def test_it_needs_neither_torch_nor_much_memory() -> None:
     code = (
-        "import resource, sys; from shoal.engine.tokenizer import Tokenizer\n"
+        "import sys; from shoal.engine.tokenizer import Tokenizer\n"
         f"t = Tokenizer.load({str(model_path())!r}); t.encode_chat([dict(role='user', content='Hi')])\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"

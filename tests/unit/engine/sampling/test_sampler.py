@@ -34,7 +34,9 @@ def batch(params: list[SamplingParams], num_outputs: int = 0, position: int = 10
     )
 
 
-def make(params: list[SamplingParams], prompt: list[int] = [1, 2], output: list[int] = [3, 3, 4]) -> Sampler:
+def make(
+    params: list[SamplingParams], prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (3, 3, 4)
+) -> Sampler:
     sampler = Sampler(dispatch.reference(), (EOS,), VOCAB)
     for i, p in enumerate(params):
         sampler.add(RequestId(f"r{i}"), p, torch.tensor(prompt + output), len(prompt))
@@ -63,7 +65,7 @@ def test_penalties_follow_the_formulas(logits):
 
 def test_counts_follow_the_drawn_tokens(logits):
     params = SamplingParams(temperature=0, frequency_penalty=2.0)
-    sampler, drawn = make([params], output=[]), []
+    sampler, drawn = make([params], output=()), []
     for step in range(6):
         tokens, _ = sampler.sample(logits.clone(), batch([params], num_outputs=step))
         drawn += tokens
