@@ -119,4 +119,4 @@ def end_of_text_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
         for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
         if kind == _CONTROL and token in _END_TOKENS
     ]
-    return tuple(dict.fromkeys(index for index in (*named, *by_text) if 0 <= index < len(tokens)))
+    return tuple(dict.fromkeys(index for index in (*named, *by_text) if not tokens or index < len(tokens)))
