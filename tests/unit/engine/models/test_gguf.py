@@ -200,7 +200,7 @@ def test_smollm2_facts(smollm2: Path) -> None:
     assert (facts.num_layers, facts.num_heads, facts.num_kv_heads, facts.hidden_size) == (30, 9, 3, 576)
     assert (facts.vocab_size, facts.head_dim, facts.max_position) == (49152, 64, 8192)
     assert (facts.stored_dtype, facts.num_parameters) == ("quantized", 134_515_008)
-    assert facts.eos_token_ids == (2,)
+    assert facts.eos_token_ids == (2, 0)  # <|im_end|> and <|endoftext|>
     assert facts.hf_config["tie_word_embeddings"]
 
 
