@@ -25,7 +25,7 @@ from shoal.engine.tokenizer import Tokenizer
 class Gateway:
     """One gateway process: HTTP in, token ids out. Constructing it waits until every model has a replica."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self,
         models: tuple[ModelSettings, ...],
         http: HttpSettings,

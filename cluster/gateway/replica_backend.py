@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Final
+from typing import Any, Final
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -17,7 +17,7 @@ from shoal.engine.request import RequestError, RequestOutput
 
 # How long the last tokens of a call may be behind the replica's word that the call is done.
 LAST_TOKENS_TIMEOUT_S: Final = 10.0
-METRICS_TIMEOUT_S: Final = 2.0
+ASK_TIMEOUT_S: Final = 2.0
 
 
 class ReplicaBackend:
@@ -53,26 +53,28 @@ class ReplicaBackend:
                     response.cancel()
 
     async def snapshots(self) -> dict[tuple[str, str], Snapshot]:
-        """Measurements of all replicas that answer in time, by (model_name, engine)."""
-        try:
-            answers = await self._handle.broadcast("metrics").results_async(
-                timeout_s=METRICS_TIMEOUT_S, return_exceptions=True
-            )
-        except (TimeoutError, DeploymentUnavailableError):
-            return {}
-        return {(self._model_name, label): snapshot for label, snapshot in _successes(answers)}
+        """Measurements of the replicas that answer, by (model_name, engine)."""
+        answers: list[tuple[str, Snapshot]] = await self._ask_all("metrics")
+        return {(self._model_name, label): snapshot for label, snapshot in answers}
 
     async def metrics_text(self) -> str:
         """Measurements of this model's replicas in Prometheus' text format."""
         return render(await self.snapshots())
 
     async def check_health(self) -> None:
-        """Raise ReplicaUnavailableError if no replica answers."""
+        """Raise ReplicaUnavailableError if no replica answers. Full queues are no reason to fail."""
+        if not await self._ask_all("facts"):
+            raise ReplicaUnavailableError(f"no replica of {self._model_name} answers")
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What every replica answers, past their queues; without those that fail, all or nothing in time."""
         try:
-            async with asyncio.timeout(METRICS_TIMEOUT_S):
-                await self._handle.facts.remote()
-        except Exception as error:
-            raise ReplicaUnavailableError(f"no replica of {self._model_name} answers") from error
+            answers = await self._handle.broadcast(method).results_async(
+                timeout_s=ASK_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, DeploymentUnavailableError):
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _watch(self, response: DeploymentResponse[CallSummary], inbox: CallInbox) -> None:
         """Turn the end of the Serve call into the end of the inbox: no way may leave a client waiting."""
@@ -95,7 +97,3 @@ class ReplicaBackend:
                 LAST_TOKENS_TIMEOUT_S,
                 TokensLostError(f"the last of {num_tokens} tokens of a call to {self._model_name} were lost"),
             )
-
-
-def _successes(answers: list[object]) -> list[tuple[str, Snapshot]]:
-    return [answer for answer in answers if isinstance(answer, tuple)]

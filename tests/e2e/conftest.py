@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,14 +27,11 @@ class Server:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._mark = f"SHOAL_E2E={uuid.uuid4().hex}"
-        name, value = self._mark.split("=")
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "shoal.cluster.cli", "serve", "--port", str(self.port), *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, name: value},
                 start_new_session=True,
             )
 
@@ -54,16 +51,20 @@ class Server:
         """Ctrl-C: a terminal sends SIGINT to every process in the foreground group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def processes(self) -> list[str]:
-        """Command lines of everything that this server started and that still runs, itself included."""
-        found = []
+    def processes(self) -> dict[int, str]:
+        """Everything that this server started and that still runs, itself included: id and command line."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):  # gone meanwhile
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state != "Z" and int(session) == self.process.pid:
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
+
+    def kill_one(self, name: str) -> None:
+        """SIGKILL the process whose command line begins with `name`."""
+        (pid,) = (pid for pid, command in self.processes().items() if command.startswith(name))
+        os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Until it has ended; answers the exit code."""
@@ -95,8 +96,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One running server for a module's tests."""
-    server = Server(tmp_path_factory.mktemp("serve") / "output.txt")
+    """One running server for a module's tests. In float32: bfloat16 has near ties in the answers asked for."""
+    server = Server(tmp_path_factory.mktemp("serve") / "output.txt", "--dtype", "float32")
     try:
         server.wait_for("ready after")
         yield server

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 def test_ctrl_c_stops_a_busy_server_and_leaves_no_process(start_server: Callable[..., Any]) -> None:
     server = start_server()
     server.wait_for("ready after")
-    names = " ".join(server.processes())
+    names = " ".join(server.processes().values())
     assert "raylet" in names
     assert "gcs_server" in names
 
@@ -29,9 +29,23 @@ def test_ctrl_c_stops_a_busy_server_and_leaves_no_process(start_server: Callable
     time.sleep(1.0)
     server.interrupt()
     assert server.wait() == 0
-    assert server.processes() == []
+    assert server.processes() == {}
     assert ended.wait(5.0), "the client of the open stream hangs"
     assert "Traceback" not in server.output
+
+
+def test_a_second_ctrl_c_does_not_wait(start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    server.wait_for("ready after")
+    ended = threading.Event()
+    threading.Thread(target=_stream, args=(server.url, ended), daemon=True).start()
+    time.sleep(1.0)
+    server.interrupt()
+    server.wait_for("stopping")
+    server.interrupt()
+    assert server.wait(5.0) == 130
+    assert server.processes() == {}
+    assert ended.wait(5.0), "the client of the open stream hangs"
 
 
 def test_ctrl_c_while_starting_leaves_no_process(start_server: Callable[..., Any]) -> None:
@@ -39,7 +53,7 @@ def test_ctrl_c_while_starting_leaves_no_process(start_server: Callable[..., Any
     server.wait_for(f"starting 1 x {EMBEDDED_MODEL}")
     server.interrupt()
     assert server.wait() == 0
-    assert server.processes() == []
+    assert server.processes() == {}
     assert "Traceback" not in server.output
 
 
@@ -50,7 +64,7 @@ def test_a_replica_that_cannot_start_says_why_and_stops_everything(start_server:
     assert len(errors) == 1
     assert EMBEDDED_MODEL in errors[0]
     assert "kv" in errors[0].lower()
-    assert server.processes() == []
+    assert server.processes() == {}
     assert "Traceback" not in server.output
 
 

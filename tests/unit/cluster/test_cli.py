@@ -10,14 +10,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoal.cluster import cli
 from shoal.cluster.channel import Progress
-from shoal.cluster.commands.processes import kill_marked, mark_processes, marked_processes
 from shoal.cluster.commands.serve import announcement, base_url, check_port
 from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
@@ -185,14 +183,17 @@ def test_progress_reaches_the_starting_command_and_never_blocks_without_it() -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_marked_processes_are_found_even_when_orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHOAL_RUN", "")  # restored afterwards
-    mark = mark_processes()
-    script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    subprocess.run([sys.executable, "-c", script], check=True)
-    assert len(list(marked_processes(mark))) == 1
-    assert kill_marked(mark, wait_s=0.0) == 1
-    assert not list(marked_processes(mark))
+def test_orphans_are_found_and_ended() -> None:
+    script = """
+import subprocess, sys
+from shoal.cluster.commands.processes import adopt_orphans, descendants, end_descendants
+adopt_orphans()
+sleeper = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+subprocess.run([sys.executable, "-c", sleeper], check=True)
+print(len(descendants()), end_descendants(0.0), len(descendants()))
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["1", "1", "0"]
 
 
 def test_the_command_starts_without_ray_or_torch() -> None:

@@ -1,0 +1,1 @@
+"""Many replicas: Ray, HTTP, routing. The only folder that imports ray."""

@@ -1,0 +1,188 @@
+"""The `shoal` command: argument parsing, and one place where errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from shoal.cluster.config import EMBEDDED_MODEL, ClusterConfig, load_config, override
+from shoal.engine.config import ConfigError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+_SERVE_EXAMPLES = f"""examples:
+  shoal serve                                  the embedded model, {EMBEDDED_MODEL}, on port 8000
+  shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
+  shoal serve model.Q4_1.gguf --dtype float32  a GGUF file
+  shoal serve cluster.yaml                     several models, replicas, everything
+
+a configuration file:
+  models:
+    - name: smollm2
+      model: {EMBEDDED_MODEL}      # or a directory, or a .gguf file, relative to this file
+      replicas: 2
+      engine: {{dtype: bfloat16, max_model_len: 4096, kv_memory: 2GiB, num_threads: 4}}
+  http: {{host: 0.0.0.0, port: 8000}}
+  gateways: 1
+  ray: {{address: auto}}                        # join a running Ray; leave out to start one
+
+Ctrl-C lets open requests finish for a few seconds and stops everything; a second Ctrl-C does not wait.
+"""
+
+_CHAT_EXAMPLES = """examples:
+  shoal chat                                   talk to http://127.0.0.1:8000
+  shoal chat -m "Why is the sky blue?"         one answer, then exit
+  shoal chat --url http://gpu-1:8000 --temperature 0 --system "Answer in French."
+
+while chatting:  /reset forgets the conversation,  /exit (or Ctrl-D) leaves,  Ctrl-C stops an answer
+"""
+
+_STATUS_EXAMPLES = """examples:
+  shoal status                                 the server at http://127.0.0.1:8000
+  shoal status --ray-address auto              every replica of the running Ray cluster
+  shoal status --json | jq .models
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; answers the exit code (0 done, 1 failed, 2 bad input)."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"shoal: error: {line}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shoal",
+        description="Serve large language models on Ray behind an OpenAI-compatible API.",
+        epilog="`shoal COMMAND --help` shows each command's options and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {importlib.metadata.version('shoal')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_chat(commands)
+    _add_status(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = _add_command(commands, "serve", "start a server and keep it running", _SERVE_EXAMPLES)
+    serve.set_defaults(run=_serve)
+    serve.add_argument(
+        "target",
+        nargs="?",
+        metavar="CONFIG.yaml|MODEL_DIR|FILE.gguf",
+        help="what to serve (default: the embedded model)",
+    )
+    http = serve.add_argument_group("where clients connect")
+    http.add_argument("--host", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    http.add_argument("--port", type=int, help="default: 8000")
+    model = serve.add_argument_group("the model (the first one, where a configuration names several)")
+    model.add_argument("--model-name", metavar="NAME", help="the name that clients ask for")
+    model.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
+    model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
+    model.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    model.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
+    model.add_argument("--kv-memory", metavar="SIZE", help="memory of the KV pool of a replica, such as 2GiB")
+    model.add_argument("--max-running-requests", type=int, metavar="N", help="requests that run at once")
+    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a replica (default: all)")
+    serve.add_argument("--ray-address", metavar="ADDRESS", help='"auto" or host:port of a running Ray to join')
+    serve.add_argument("--verbose", action="store_true", help="show the logs of Ray and of the replicas")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = _add_command(commands, "chat", "talk to a running server", _CHAT_EXAMPLES)
+    chat.set_defaults(run=_chat)
+    _add_url(chat)
+    chat.add_argument("-m", "--message", help="ask this, print the answer and exit")
+    chat.add_argument("--model", help="which model (default: the server's first)")
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = _add_command(commands, "status", "show what a server is doing", _STATUS_EXAMPLES)
+    status.set_defaults(run=_status)
+    _add_url(status)
+    status.add_argument("--ray-address", metavar="ADDRESS", help="ask Ray about the deployments instead")
+    status.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+
+
+def serve_config(args: argparse.Namespace) -> ClusterConfig:
+    """The configuration that the arguments of `shoal serve` stand for. Raises ConfigError."""
+    return override(
+        load_config(args.target),
+        {
+            "http.host": args.host,
+            "http.port": args.port,
+            "ray.address": args.ray_address,
+            "models.0.name": args.model_name,
+            "models.0.replicas": args.replicas,
+            "models.0.engine.dtype": args.dtype,
+            "models.0.engine.device": args.device,
+            "models.0.engine.max_model_len": args.max_model_len,
+            "models.0.engine.kv_memory": args.kv_memory,
+            "models.0.engine.max_running_requests": args.max_running_requests,
+            "models.0.engine.num_threads": args.num_threads,
+        },
+    )
+
+
+# Each command is imported when it runs: Ray alone takes a second.
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.serve import serve
+
+    return serve(serve_config(args), is_verbose=args.verbose)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.chat import chat
+
+    return chat(
+        args.url,
+        model=args.model,
+        message=args.message,
+        system=args.system,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+    )
+
+
+def _status(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.status import status
+
+    return status(args.url, ray_address=args.ray_address, is_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""`shoal status`: what a server is doing, from its /metrics or from Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from shoal.cluster import metrics
+from shoal.cluster.commands.client import ServerError, get, get_json
+
+
+def status(url: str, *, ray_address: str | None = None, is_json: bool = False) -> int:
+    """Print the state; exit code 0 if all is well, 1 if there is no server or it is not healthy."""
+    try:
+        report = ray_report(ray_address) if ray_address is not None else server_report(url.rstrip("/"))
+    except ServerError as error:
+        print(f"shoal: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2) if is_json else "\n".join(_lines(report)))
+    return 0 if report["is_healthy"] else 1
+
+
+def server_report(url: str) -> dict[str, Any]:
+    """Models and replicas of the server at `url`. Raises ServerError if there is none."""
+    listed = get_json(f"{url}/v1/models")["data"]
+    samples = _samples(get(f"{url}/metrics"))
+    models = [
+        {
+            "name": model["id"],
+            "max_model_len": model.get("max_model_len"),
+            "replicas": _replicas(samples, model["id"]),
+        }
+        for model in listed
+    ]
+    return {"url": url, "is_healthy": all(model["replicas"] for model in models), "models": models}
+
+
+def ray_report(address: str) -> dict[str, Any]:
+    """Deployments and their replica states, as Serve sees them. Raises ServerError if there is no Ray."""
+    import ray
+    from ray import serve
+
+    from shoal.cluster.app import APP_NAME
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ServerError(f"no Ray at {address} ({error}): start one, or ask a server with --url") from None
+    try:
+        app = serve.status().applications.get(APP_NAME)
+    finally:
+        ray.shutdown()
+    if app is None:
+        raise ServerError(f"no shoal application runs on the Ray at {address}: start it with `shoal serve`")
+    return {
+        "ray_address": address,
+        "is_healthy": app.status.value == "RUNNING",
+        "status": app.status.value,
+        "deployments": {
+            name: {"status": deployment.status.value, "replicas": dict(deployment.replica_states)}
+            for name, deployment in app.deployments.items()
+        },
+    }
+
+
+def _samples(exposition: str) -> list[Sample]:
+    return [sample for family in text_string_to_metric_families(exposition) for sample in family.samples]
+
+
+def _replicas(samples: Iterable[Sample], model: str) -> list[dict[str, Any]]:
+    shown = {
+        metrics.RUNNING.name: "running",
+        metrics.WAITING.name: "waiting",
+        metrics.KV_USAGE.name: "kv_usage",
+        f"{metrics.PROMPT_TOKENS.name}_total": "prompt_tokens",
+        f"{metrics.PREFIX_HITS.name}_total": "cached_tokens",
+        f"{metrics.GENERATION_TOKENS.name}_total": "generation_tokens",
+        f"{metrics.PREEMPTIONS.name}_total": "preemptions",
+    }
+    replicas: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        if sample.name in shown and sample.labels.get("model_name") == model:
+            engine = sample.labels["engine"]
+            is_share = sample.name == metrics.KV_USAGE.name
+            value = round(sample.value, 4) if is_share else int(sample.value)
+            replicas.setdefault(engine, {"engine": engine})[shown[sample.name]] = value
+    return [replicas[engine] for engine in sorted(replicas)]
+
+
+def _lines(report: dict[str, Any]) -> Iterable[str]:
+    yield f"{report.get('url') or report['ray_address']}: {'healthy' if report['is_healthy'] else 'NOT HEALTHY'}"
+    for name, deployment in report.get("deployments", {}).items():
+        states = ", ".join(f"{count} {state.lower()}" for state, count in deployment["replicas"].items())
+        yield f"  {name}: {deployment['status'].lower()} ({states or 'no replicas'})"
+    for model in report.get("models", ()):
+        yield f"  {model['name']} (up to {model['max_model_len']} tokens): {len(model['replicas'])} replica(s)"
+        for replica in model["replicas"]:
+            yield (
+                f"    replica {replica['engine']}: {replica['running']} running, {replica['waiting']} waiting, "
+                f"KV {replica['kv_usage']:.1%}; {replica['prompt_tokens']} prompt tokens "
+                f"({replica['cached_tokens']} cached), {replica['generation_tokens']} generated, "
+                f"{replica['preemptions']} preemptions"
+            )

