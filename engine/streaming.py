@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Protocol
 
-from shoal.engine.config import EngineConfig, EngineOptions
+from shoal.engine.config import EngineConfig
 from shoal.engine.core import EngineCore, check_request
 from shoal.engine.executor import Executor, ExecutorError, ExecutorInfo
 from shoal.engine.request import EngineStats, FinishReason, Request, RequestId, RequestOutput
@@ -41,16 +41,12 @@ class AsyncEngine:
     If the engine fails, every open request gets an output with finish reason ERROR, and `check()` raises from then on.
     """
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        *,
-        on_progress: Progress | None = None,
-        factory: EngineFactory | None = None,
-    ) -> None:
-        """`factory` makes config and executor instead of `options` (tests, and executors over other processes)."""
+    def __init__(self, factory: EngineFactory, *, on_progress: Progress | None = None) -> None:
+        """`factory` makes the config and the executor, in the engine's thread: `worker.local_engine(options)` for one
+        rank in this process.
+        """
+        self._factory = factory
         self._on_progress = on_progress or (lambda what, done, total: None)
-        self._factory = factory or (lambda progress: _local(options, progress))
         self._core: EngineCore | None = None
         self._inbox: queue.SimpleQueue[Callable[[EngineCore], None] | None] = queue.SimpleQueue()
         self._sinks: dict[RequestId, Sink] = {}
@@ -259,11 +255,3 @@ class QueueSink:
 
     async def get(self) -> RequestOutput:
         return await self._queue.get()
-
-
-def _local(options: EngineOptions, progress: Progress) -> tuple[EngineConfig, Executor]:
-    # Brings torch; the rest of this module is host half.
-    from shoal.engine.worker import LocalExecutor, resolve_options
-
-    config = resolve_options(options)
-    return config, LocalExecutor(config, progress)

@@ -141,6 +141,16 @@ class LocalExecutor:
         self._worker = None
 
 
+def local_engine(options: EngineOptions) -> Callable[[Progress], tuple[EngineConfig, LocalExecutor]]:
+    """For AsyncEngine: one rank in this process. What it makes raises ConfigError for options that cannot work."""
+
+    def make(progress: Progress) -> tuple[EngineConfig, LocalExecutor]:
+        config = resolve_options(options)
+        return config, LocalExecutor(config, progress)
+
+    return make
+
+
 def _free_host_bytes() -> int:
     """Memory that can be taken without swapping, within this process's cgroup."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,6 +12,7 @@ from shoal.cluster.progress import ProgressSender
 from shoal.cluster.replica.calls import Calls
 from shoal.engine.config import ConfigError
 from shoal.engine.streaming import AsyncEngine
+from shoal.engine.worker import local_engine
 
 
 class Replica:
@@ -26,7 +27,7 @@ class Replica:
         with ProgressSender(progress_address, model.name) as progress:
             try:
                 options = model.engine.options(locate_model(model.model))
-                self._engine = AsyncEngine(options, on_progress=progress.send)
+                self._engine = AsyncEngine(local_engine(options), on_progress=progress.send)
                 await self._engine.start()
             except ConfigError as error:
                 progress.fail(str(error))

@@ -117,7 +117,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.device = CountingDevice(step_s=0.002)
-        self.engine = AsyncEngine(EngineOptions("tiny"), factory=lambda progress: (self._config(), self.device))
+        self.engine = AsyncEngine(lambda progress: (self._config(), self.device))
         self.calls = Calls(self.engine)
         self.inbox = StepInbox("127.0.0.1")
         self.backend = self.backend_over(self.calls.run)

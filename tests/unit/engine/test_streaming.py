@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shoal.engine.config import ConfigError, EngineOptions
+from shoal.engine.config import ConfigError
 from shoal.engine.executor import ExecutorError
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import FinishReason, Request, RequestError, RequestId, RequestOutput, SamplingParams
@@ -33,7 +33,7 @@ async def make_engine(make_harness, make_config):
     async def make(executor=None, **options):
         config = make_config(block_size=4, **options)
         executor = executor or make_harness().executor
-        engine = AsyncEngine(EngineOptions("tiny"), factory=lambda progress: (config, executor))
+        engine = AsyncEngine(lambda progress: (config, executor))
         await engine.start()
         engines.append(engine)
         return engine
@@ -165,7 +165,7 @@ async def test_a_start_that_fails_raises_its_own_error(make_config):
     def factory(progress):
         raise ConfigError("no such model", field="model")
 
-    engine = AsyncEngine(EngineOptions("nowhere"), factory=factory)
+    engine = AsyncEngine(factory)
     with pytest.raises(ConfigError, match="no such model"):
         await engine.start()
     await engine.close()
