@@ -12,7 +12,7 @@ import statistics
 import time
 
 from shoal.engine.memory.kv_manager import KVManager
-from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
 from shoal.engine.request import Request, RequestId, SamplingParams
 from shoal.engine.scheduling.scheduler import Scheduler
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
@@ -38,7 +38,8 @@ def build(num_running: int, max_tokens: int) -> Scheduler:
 
 def commit(scheduler: Scheduler, plan: StepPlan) -> float:
     """Seconds that commit takes, for a device that answers token 7 to every request."""
-    tokens = {entry.request_id: (7,) for entry in (*plan.new, *plan.continued)}
+    entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
+    tokens: dict[RequestId, tuple[int, ...]] = {entry.request_id: (7,) for entry in entries}
     start = time.perf_counter()
     scheduler.commit(plan, StepResult(plan.step, tokens))
     return time.perf_counter() - start

@@ -29,6 +29,7 @@ OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
 STATUS_PERIOD_S: Final = 0.25
 HTTP_TIMEOUT_S: Final = 30.0  # from the last replica's word to the first answer through the proxy
 EXIT_WAIT_S: Final = 5.0
+SILENCE_TIMEOUT_S: Final = 600.0  # a start that says nothing for so long hangs
 
 
 class StartError(RuntimeError):
@@ -223,20 +224,27 @@ def _wait_until_running(progress: ProgressReceiver, narrator: _Narrator) -> None
 
     from shoal.cluster.app import APP_NAME
 
+    heard_s = time.monotonic()
+    told = ""
     while True:
         message = progress.receive(STATUS_PERIOD_S)
         if message is not None:
             if message.error is not None:
                 raise StartError(f"{message.model}: {message.error}")
             narrator.show(message)
+            heard_s = time.monotonic()
             continue
         overview = serve.status().applications.get(APP_NAME)
-        if overview is None or overview.status is ApplicationStatus.DEPLOYING:
-            continue
-        if overview.status is ApplicationStatus.RUNNING:
+        if overview is not None and overview.status is ApplicationStatus.RUNNING:
             return
-        reasons = [overview.message, *(deployment.message for deployment in overview.deployments.values())]
-        raise StartError(_last_line(next((reason for reason in reversed(reasons) if reason), "unknown")))
+        deployments = overview.deployments.values() if overview is not None else ()
+        reason = next((_last_line(deployment.message) for deployment in deployments if deployment.message), "")
+        if overview is not None and overview.status is not ApplicationStatus.DEPLOYING:
+            raise StartError(reason or _last_line(overview.message) or "unknown")
+        if reason and reason != told:  # Serve says so when it waits for resources that the cluster lacks
+            narrator.say(told := reason)
+        if time.monotonic() - heard_s > SILENCE_TIMEOUT_S:
+            raise StartError(f"no replica has made progress for {SILENCE_TIMEOUT_S:g} s: {reason or 'unknown'}")
 
 
 def _wait_until_answering(url: str) -> None:
@@ -260,7 +268,8 @@ def base_url(host: str, port: int) -> str:
 
 def announcement(url: str, model: str, seconds: float) -> str:
     """What a newcomer needs next: address, model name, and a command to paste."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": model, "messages": messages, "temperature": 0})
     return (
         f"\n  ready after {seconds:.1f} s\n"
         f"  address  {url}/v1\n"

@@ -1,6 +1,6 @@
 """Microseconds per operation on this machine: torch twins against the kernels that serve, in SmolLM2-135M's shapes.
 
-    python bench/kernels.py [--threads N] [--dtype bfloat16]
+    python bench/operations.py [--threads N] [--dtype bfloat16]
 
 Each figure is the median of alternating runs; a busy machine moves both columns, their ratio less.
 """
@@ -53,7 +53,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Ope
     qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
     q, k, v = (
         part.view(tokens, -1, HEAD_DIM)
-        for part in qkv.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], dim=1)
+        for part in torch.split(qkv, [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], dim=1)
     )
     cos_sin = torch.randn(2048, HEAD_DIM).clamp(-1, 1)
     x, residual = torch.randn(2, tokens, HIDDEN).to(dtype)

@@ -1,0 +1,128 @@
+"""What users write against. A change here is a change for them: mention it in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+
+import shoal.engine
+from shoal.cluster.cli import build_parser
+from shoal.cluster.config import ClusterConfig, EngineSettings, HttpSettings, ModelSettings, RaySettings
+from shoal.cluster.gateway.routes import build_app
+from shoal.engine import LLM, SamplingParams
+from shoal.engine.config import EngineOptions
+from shoal.engine.llm import Completion, GenerationResult
+
+
+def field_names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def test_names_of_the_engine() -> None:
+    assert shoal.engine.__all__ == ["LLM", "SamplingParams"]
+    assert all(getattr(shoal.engine, name) for name in shoal.engine.__all__)
+
+
+def test_offline_calls() -> None:
+    signatures = {
+        name: str(inspect.signature(member))
+        for name, member in vars(LLM).items()
+        if inspect.isfunction(member) and not name.startswith("_")
+    }
+    params = "params: 'SamplingParams | Sequence[SamplingParams] | None' = None"
+    results = "-> 'list[GenerationResult]'"
+    assert signatures == {
+        "stats": "(self) -> 'EngineStats'",
+        "close": "(self) -> 'None'",
+        "generate": f"(self, prompts: 'Prompt | Sequence[Prompt]', {params}, *, use_tqdm: 'bool' = True) {results}",
+        "chat": f"(self, messages: 'Sequence[Message] | Sequence[Sequence[Message]]', {params}, "
+        f"*, use_tqdm: 'bool' = True) {results}",
+    }
+    assert str(inspect.signature(LLM)) == "(model: 'str', *, dtype: 'str' = 'auto', **options: 'Any') -> 'None'"
+
+
+def test_options_of_the_engine() -> None:
+    assert field_names(EngineOptions) == [
+        "model", "dtype", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks", "memory_fraction",
+        "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
+        "ageing_s", "num_threads", "seed",
+    ]  # fmt: skip
+
+
+def test_offline_results() -> None:
+    assert field_names(GenerationResult) == ["prompt", "prompt_token_ids", "outputs", "num_cached_tokens"]
+    assert field_names(Completion) == ["index", "text", "token_ids", "logprobs", "finish_reason", "stop_string"]
+
+
+def test_sampling_params_and_their_defaults() -> None:
+    assert dataclasses.asdict(SamplingParams()) == {
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "n": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": {},
+        "seed": None,
+        "stop": (),
+        "stop_token_ids": (),
+        "ignore_eos": False,
+        "logprobs": None,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+    }
+
+
+def test_commands_and_their_options() -> None:
+    actions = build_parser()._actions
+    (commands,) = (action for action in actions if isinstance(action, argparse._SubParsersAction))
+    options = {
+        name: [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        for name, parser in commands.choices.items()
+    }
+    assert options == {
+        "serve": [
+            "--help", "--host", "--port", "--model-name", "--replicas", "--dtype", "--device", "--max-model-len",
+            "--kv-memory", "--max-running-requests", "--num-threads", "--ray-address", "--verbose",
+        ],
+        "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
+        "status": ["--help", "--url", "--ray-address", "--json"],
+    }  # fmt: skip
+
+
+def test_keys_of_a_configuration_file() -> None:
+    assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "ray"}
+    assert set(ModelSettings.model_fields) == {
+        "name", "model", "replicas", "engine", "resources", "max_ongoing_requests", "max_queued_requests",
+    }  # fmt: skip
+    assert set(EngineSettings.model_fields) == {
+        "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
+        "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed",
+    }  # fmt: skip
+    assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
+    assert set(RaySettings.model_fields) == {"address"}
+
+
+def test_http_routes() -> None:
+    routes = {
+        (method, getattr(route, "path", ""))
+        for route in build_app({}).routes
+        for method in getattr(route, "methods", None) or ()
+    }
+    assert {(method, path) for method, path in routes if method != "HEAD"} == {
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/{name:path}"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/health"),
+        ("GET", "/ping"),
+        ("GET", "/metrics"),
+        ("GET", "/version"),
+    }
