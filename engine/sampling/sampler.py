@@ -55,9 +55,6 @@ class Sampler:
         processors = [self._processors.get(request_id) for request_id in batch.request_ids]
         is_processed = any(processors)
         wants_logprobs = [i for i, params in enumerate(batch.params) if params.logprobs is not None]
-        if not is_processed and not wants_logprobs and not batch.temperature.any():
-            greedy: list[int] = logits.argmax(dim=-1).tolist()
-            return greedy, {}
         original = logits.float()  # [samples, vocab]; the same tensor if it was float32
         logits = original.clone() if is_processed and wants_logprobs else original
         for i, processor in enumerate(processors):
@@ -74,7 +71,9 @@ class Sampler:
         return tokens, logprobs
 
     def _draw(self, logits: Tensor, batch: SampleBatch) -> list[int]:
-        draws = uniforms(batch.seeds, batch.streams, batch.positions)  # [samples]
+        is_greedy = not batch.temperature.any()
+        # [samples] float32; greedy rows do not look at it
+        draws = batch.temperature if is_greedy else uniforms(batch.seeds, batch.streams, batch.positions)
         settings = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, draws)
         tensors = [torch.from_numpy(values).to(logits.device) for values in settings]  # [samples] each
         tokens: list[int] = self._ops.sample(logits, *tensors).tolist()

@@ -1,22 +1,39 @@
-#include "vec.h"
+#include "kv_layout.h"
 
 namespace shoal {
+namespace {
 
-// Sizes and strides in bytes: the elements are only moved.
-SHOAL_EXPORT void shoal_kv_write(const char* k, const char* v, char* kv, const int64_t* slots, int64_t tokens, int kv_heads,
-                               int64_t head_bytes, int block_size, int64_t k_stride, int64_t v_stride,
-                               int64_t block_stride, int threads) {
-  const int64_t head_stride = block_size * head_bytes;
-#pragma omp parallel for num_threads(threads) if (tokens * kv_heads * head_bytes > 4 * kSerialElements)
+template <class T, int kPack>
+void write(const T* k, const T* v, T* kv, const int64_t* slots, int64_t tokens, int kv_heads, int dim, int block_size,
+           int64_t k_stride, int64_t v_stride, int64_t block_stride, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * kv_heads * dim > kSerialElements)
   for (int64_t token = 0; token < tokens; ++token) {
     if (slots[token] < 0) continue;
-    char* key = kv + slots[token] / block_size * block_stride + slots[token] % block_size * head_bytes;
-    char* value = key + kv_heads * head_stride;
-    for (int head = 0; head < kv_heads; ++head) {
-      std::memcpy(key + head * head_stride, k + token * k_stride + head * head_bytes, head_bytes);
-      std::memcpy(value + head * head_stride, v + token * v_stride + head * head_bytes, head_bytes);
+    const int64_t offset = slots[token] % block_size;
+    T* keys = kv + slots[token] / block_size * block_stride;
+    for (int head = 0; head < kv_heads; ++head, keys += (int64_t)block_size * dim) {
+      T* values = keys + (int64_t)kv_heads * block_size * dim;
+      const T *key = k + token * k_stride + head * dim, *value = v + token * v_stride + head * dim;
+      for (int64_t i = 0; i < dim; i += kPack)
+        std::memcpy(keys + i * block_size + offset * kPack, key + i, kPack * sizeof(T));
+      T* to = values + offset / kPack * kPack * dim + offset % kPack;
+      for (int64_t i = 0; i < dim; ++i) to[i * kPack] = value[i];
     }
   }
+}
+
+}  // namespace
+
+// Strides in elements.
+SHOAL_EXPORT void shoal_kv_write(const void* k, const void* v, void* kv, const int64_t* slots, int64_t tokens, int kv_heads,
+                                 int dim, int block_size, int64_t k_stride, int64_t v_stride, int64_t block_stride,
+                                 int dtype, int threads) {
+  with_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = kv_pack<T>(dim, block_size) == 2 ? write<T, 2> : write<T, 1>;
+    run((const T*)k, (const T*)v, (T*)kv, slots, tokens, kv_heads, dim, block_size, k_stride, v_stride, block_stride,
+        threads);
+  });
 }
 
 }  // namespace shoal

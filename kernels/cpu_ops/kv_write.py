@@ -1,11 +1,16 @@
-"""C++ twin of torch_ops.kv_write."""
+"""C++ twin of torch_ops.kv_write.
+
+Inside each block and head the elements lie as the products of `attention` take them, so that nothing is laid out anew in
+a step: keys [head_dim / pack, block_size, pack] and values [block_size / pack, head_dim, pack], pack 2 for bfloat16 where
+both sizes are even, else 1. Only this table's `attention` reads them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import library
+from shoal.kernels.cpu_ops.library import DTYPE_CODES, library
 
 
 def kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
@@ -13,8 +18,7 @@ def kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
     assert k.stride(1) == v.stride(1) == head_dim, "heads must be dense"
     assert k.dtype == v.dtype == kv.dtype
     assert slots.dtype == torch.int64
-    size = k.element_size()
     library().shoal_kv_write(
-        k.data_ptr(), v.data_ptr(), kv.data_ptr(), slots.data_ptr(), tokens, kv_heads, head_dim * size, kv.shape[3],
-        k.stride(0) * size, v.stride(0) * size, kv.stride(0) * size, torch.get_num_threads(),
+        k.data_ptr(), v.data_ptr(), kv.data_ptr(), slots.data_ptr(), tokens, kv_heads, head_dim, kv.shape[3],
+        k.stride(0), v.stride(0), kv.stride(0), DTYPE_CODES[k.dtype], torch.get_num_threads(),
     )  # fmt: skip

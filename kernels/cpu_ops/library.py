@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "shoal_add_rms_norm": (*[_pointer] * 4, _long, _int, _long, _long, _float, _int, _int),
     "shoal_rotary": (*[_pointer] * 4, _long, *[_int] * 4, _long, _long, _int, _int),
     "shoal_gated_activation": (_pointer, _pointer, _long, _int, _long, _int, _int, _int),
-    "shoal_kv_write": (*[_pointer] * 4, _long, _int, _long, _int, *[_long] * 3, _int),
+    "shoal_kv_write": (*[_pointer] * 4, _long, *[_int] * 3, *[_long] * 3, _int, _int),
     "shoal_attention": (*[_pointer] * 6, *[_int] * 5, *[_long] * 3, _int, _float, _float, _int, _int),
     "shoal_pack_panels": (*[_pointer] * 2, _long, _long, _int),
     "shoal_linear": (*[_pointer] * 4, *[_long] * 4, _int, _int),

@@ -43,15 +43,14 @@ def naive(
     return out
 
 
-def paged(keys: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def paged(ops: Operations, keys: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """A layer of a pool whose other slots are NaN, and the one request's table, with a stray entry at its end."""
     context, kv_heads, head_dim = keys.shape
     count = -(-context // block_size)
     pool = torch.full((count + 2, 3, 2, kv_heads, block_size, head_dim), torch.nan, dtype=keys.dtype)
     table = torch.randperm(count + 1)[: count + 1].int()
-    for position in range(context):
-        block, offset = table[position // block_size], position % block_size
-        pool[block, 1, 0, :, offset], pool[block, 1, 1, :, offset] = keys[position], values[position]
+    positions = torch.arange(context)
+    ops.kv_write(keys, values, pool[:, 1], table[positions // block_size].long() * block_size + positions % block_size)
     return pool[:, 1], table.view(1, -1)
 
 
@@ -67,14 +66,14 @@ def test_error_is_at_most_twice_that_of_naive_float32(
     table_name: str, heads: int, kv_heads: int, window: int | None, softcap: float | None
 ) -> None:
     torch.manual_seed(heads)
-    head_dim, block_size, context = 16, 8, 45
+    ops, head_dim, block_size, context = TABLES[table_name](), 16, 8, 45
     error = naive_error = 0.0
     for query_len in (1, 2, block_size, block_size + 1):
         q = torch.randn(query_len, heads, head_dim) * 2
         keys, values = torch.randn(2, context, kv_heads, head_dim)
         exact = naive(q.double(), keys.double(), values.double(), window, softcap)
-        kv, table = paged(keys, values, block_size)
-        result = attend(TABLES[table_name](), q, kv, table, context, window=window, softcap=softcap)
+        kv, table = paged(ops, keys, values, block_size)
+        result = attend(ops, q, kv, table, context, window=window, softcap=softcap)
         error = max(error, float((result - exact).abs().max()))
         naive_error = max(naive_error, float((naive(q, keys, values, window, softcap) - exact).abs().max()))
     assert error <= 2 * naive_error
@@ -82,14 +81,15 @@ def test_error_is_at_most_twice_that_of_naive_float32(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
 def test_rows_are_bitwise_the_same_in_every_chunking_batch_and_thread_count(
-    dtype: torch.dtype, window: int | None
+    dtype: torch.dtype, window: int | None, block_size: int
 ) -> None:
     torch.manual_seed(0)
     ops, context = operations("cpu"), 1800  # enough for the context to be split between threads
     q = torch.randn(context, 4, 32).to(dtype)
     keys, values = torch.randn(2, context, 2, 32).to(dtype)
-    kv, table = paged(keys, values, 16)
+    kv, table = paged(ops, keys, values, block_size)
     whole = attend(ops, q, kv, table, context, window=window)
     for chunk in (1, 7, 16, 17):
         end = context
@@ -157,6 +157,6 @@ def test_twin_holds_no_square_score_matrix() -> None:
 def test_twin_names_what_does_not_fit(
     shape: tuple[int, ...], dtype: torch.dtype, window: int | None, message: str
 ) -> None:
-    kv, table = paged(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), 4)
+    kv, table = paged(reference(), torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), 4)
     with pytest.raises(ValueError, match=message):
         attend(reference(), torch.zeros(shape, dtype=dtype), kv, table, 4, window=window)

@@ -28,6 +28,7 @@ DEVICE: Literal["cpu", "cuda"] = "cuda" if IS_INTERPRETED else "cpu"
 # Relative and absolute; a unit in the last place of bfloat16, since the interpreter truncates instead of rounding.
 TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2**-7, 2e-2), torch.float16: (2**-9, 4e-3)}
 NAN = float("nan")
+BLOCK_SIZES = [4, 16] if IS_INTERPRETED else [1, 4, 5, 8, 16, 24, 32]
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Run = Callable[[Operations], tuple[Tensor, ...]]  # makes its inputs anew, returns all that the operation wrote
@@ -77,7 +78,7 @@ def add_rms_norm(draw: Draw, dtype: torch.dtype) -> Run:
 
 def heads_of(draw: Draw) -> tuple[int, int, int]:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 4, 8]))
-    return kv_heads, kv_heads * group, draw(st.sampled_from([8, 24, 64] if IS_INTERPRETED else [2, 8, 24, 64, 80, 128]))
+    return kv_heads, kv_heads * group, draw(st.sampled_from([8, 24, 64] if IS_INTERPRETED else [1, 2, 8, 24, 64, 80, 128]))
 
 
 def split_heads(qkv: Tensor, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
@@ -87,7 +88,7 @@ def split_heads(qkv: Tensor, heads: int, kv_heads: int, dim: int) -> list[Tensor
 
 def rotary(draw: Draw, dtype: torch.dtype) -> Run:
     tokens, (kv_heads, heads, dim), generator = tokens_of(draw), heads_of(draw), generator_of(draw)
-    rotary_dim = draw(st.integers(1, dim // 2)) * 2
+    rotary_dim = draw(st.integers(0, dim // 2)) * 2
 
     def run(ops: Operations) -> tuple[Tensor, ...]:
         g = generator()
@@ -101,18 +102,23 @@ def rotary(draw: Draw, dtype: torch.dtype) -> Run:
 
 
 def kv_write(draw: Draw, dtype: torch.dtype) -> Run:
+    """The order inside a block is the table's own, so its attention reads what was written: a request for each token,
+    whose context are the slots of its block up to its own. What was not to be written must still be 0."""
     tokens, (kv_heads, heads, dim), generator = tokens_of(draw), heads_of(draw), generator_of(draw)
-    block_size = draw(st.sampled_from([4, 16]))
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
 
     def run(ops: Operations) -> tuple[Tensor, ...]:
         g = generator()
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
-        _, k, v = split_heads(qkv, heads, kv_heads, dim)
+        q, k, v = split_heads(qkv, heads, kv_heads, dim)
         pool = torch.zeros(12, 3, 2, kv_heads, block_size, dim, dtype=dtype)
         slots = torch.randperm(12 * block_size, generator=g)[:tokens]
-        slots[torch.rand(tokens, generator=g) < 0.3] = -1
-        ops.kv_write(k, v, pool[:, 1], slots)
-        return (pool,)
+        is_skipped = torch.rand(tokens, generator=g) < 0.3
+        ops.kv_write(k, v, pool[:, 1], torch.where(is_skipped, -1, slots))
+        tables, contexts = (slots // block_size).int().view(-1, 1), (slots % block_size + 1).int()
+        starts = torch.arange(tokens + 1, dtype=torch.int32)
+        written = pool.flatten(3).count_nonzero(dim=-1)  # [blocks, layers, 2]
+        return ops.attention(q, pool[:, 1], tables, starts, contexts, 1, scale=1.0), written
 
     return run
 
@@ -131,7 +137,7 @@ def copy_blocks(draw: Draw, dtype: torch.dtype) -> Run:
 
 def attention(draw: Draw, dtype: torch.dtype) -> Run:
     """Everything that must not be read is NaN: other blocks, slots past the context, blocks before the window."""
-    (kv_heads, heads, dim), block_size = heads_of(draw), draw(st.sampled_from([4, 16]))
+    (kv_heads, heads, dim), block_size = heads_of(draw), draw(st.sampled_from(BLOCK_SIZES))
     query_len = st.sampled_from([0, 1, 2, block_size, block_size + 1, 40][: 5 if IS_INTERPRETED else 6])
     earlier = st.sampled_from([0, 1, block_size - 1, 37] + ([] if IS_INTERPRETED else [500, 1100]))
     requests = draw(st.lists(st.tuples(query_len, earlier), min_size=1, max_size=3))
@@ -153,7 +159,8 @@ def attention(draw: Draw, dtype: torch.dtype) -> Run:
             for index in range(oldest // block_size, counts[request]):
                 block, used = free.pop(), min(block_size, context - index * block_size)
                 tables[request, index] = block
-                pool[block, 1, :, :, :used] = torch.randn(2, kv_heads, used, dim, generator=g).to(dtype)
+                k, v = torch.randn(2, used, kv_heads, dim, generator=g).to(dtype)
+                ops.kv_write(k, v, pool[:, 1], block * block_size + torch.arange(used))
         qkv = torch.randn(sum(lens), (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
         q = split_heads(qkv, heads, kv_heads, dim)[0]
         starts = torch.tensor([0, *lens]).cumsum(0).int()
