@@ -165,3 +165,17 @@ def test_bfloat16_stays_close_to_float32(llm):
             if token in seen:
                 assert abs(seen[token] - logprob) < 0.35
         assert len(set(x.top_ids) & set(y.top_ids)) >= 3
+
+
+def test_bfloat16_answers_are_the_same_bit_for_bit_in_any_company():
+    """Together, alone, in chunks of 24, and from a cached prefix: equal tokens and equal log-probabilities."""
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=24, logprobs=1)
+    options = {"dtype": "bfloat16", "kv_memory_bytes": 100 * 2**20}
+    prompts = [f"{FACTS[0]} Paris. {fact}" for fact in FACTS[:8]]
+    with LLM(str(gguf_path()), **options) as llm:
+        together = [result.outputs for result in llm.generate(prompts, params, use_tqdm=False)]
+        cached = llm.generate(prompts, params, use_tqdm=False)
+        assert [result.outputs for result in cached] == together
+    with LLM(str(gguf_path()), enable_prefix_caching=False, max_step_tokens=24, max_running_requests=3, **options) as llm:
+        assert [llm.generate([prompt], params)[0].outputs for prompt in prompts] == together
+        assert [result.outputs for result in llm.generate(prompts, params, use_tqdm=False)] == together

@@ -78,7 +78,11 @@ def add_rms_norm(draw: Draw, dtype: torch.dtype) -> Run:
 
 def heads_of(draw: Draw) -> tuple[int, int, int]:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 4, 8]))
-    return kv_heads, kv_heads * group, draw(st.sampled_from([8, 24, 64] if IS_INTERPRETED else [1, 2, 8, 24, 64, 80, 128]))
+    return (
+        kv_heads,
+        kv_heads * group,
+        draw(st.sampled_from([8, 24, 64] if IS_INTERPRETED else [1, 2, 8, 24, 64, 80, 128])),
+    )
 
 
 def split_heads(qkv: Tensor, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
