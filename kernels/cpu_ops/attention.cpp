@@ -1,13 +1,14 @@
 // Paged attention, one path for decoding and for prompt chunks, reading the pool in the layout of kv_layout.h.
 //
-// A task is one request, one key head and a tile of queries with all query heads of the group: its rows. The unit of keys
-// is a key vector: up to 16 neighbouring keys of a block, one per lane. Four of them make a tile, for which a few rows at a
+// A task is one request, one key head and some queries with all query heads of the group: its rows. The unit of keys is
+// a key vector: up to 16 neighbouring keys of a block, one per lane. Four of them make a tile, for which a few rows at a
 // time compute scores = Q K^T, softmax weights and output += P V. Softmax is online (Milakov and Gimelshein, arXiv
 // 1805.02867) with one rescale per tile.
 //
-// Tiles start at multiples of four key vectors and partial results are merged in order every kPart vectors, whether or not
-// the parts ran in parallel: a row's result is bitwise the same for every batch, chunking and number of threads.
+// Tiles start at multiples of four key vectors and partial results are merged in order every kPart vectors, whether or
+// not the parts ran in parallel: a row's result is bitwise the same for every batch, chunking and number of threads.
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "kv_layout.h"
@@ -15,11 +16,11 @@
 namespace shoal {
 namespace {
 
-constexpr int kTile = 4;              // key vectors of a tile
-constexpr int kKeys = kTile * kLanes; // keys of a tile
-constexpr int kPart = 32;             // key vectors of a part; a multiple of kTile
-constexpr int kTileRows = 48;         // rows that share one pass over K and V
-constexpr int64_t kSerialWork = 6000; // row-key pairs; less is done by the calling thread alone
+constexpr int kTile = 4;               // key vectors of a tile
+constexpr int kKeys = kTile * kLanes;  // keys of a tile
+constexpr int kPart = 32;              // key vectors of a part; a multiple of kTile
+constexpr int kTaskRows = 48;          // rows that share one pass over K and V
+constexpr int64_t kSerialWork = 6000;  // row-key pairs; less is done by the calling thread alone
 const float kMinusInf = -__builtin_inff();
 const float kLog2E = 1.44269504f;  // softmax runs on powers of two
 
@@ -61,12 +62,15 @@ struct PairMath {
   }
 };
 
-// Into the second-level cache: fetching 12 KB ahead reads scattered blocks 1.6 times as fast as fetching to the first.
+// Into the second-level cache: a Zen 4 core reads scattered blocks at 21 GB/s so, at 14 by fetching into the first and at
+// 13 without.
 SHOAL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // c[R][16 N] = a[R][words] * b[words][16 N] (+ keep[R] * c), where b(word, n) is a vector of b.
+// Not inlined: within its caller, compilers run out of registers.
 template <class M, int R, int N, class B>
-__attribute__((noinline)) void multiply_add(const uint32_t* a, int a_stride, int words, float* c, int c_stride, const float* keep, B b) {
+__attribute__((noinline)) void multiply_add(const uint32_t* a, int a_stride, int words, float* c, int c_stride,
+                                            const float* keep, B b) {
   Vec sums[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -166,12 +170,13 @@ KeyVector<T> find(const Problem& p, const Task& t, int vector) {
 // Four key vectors of one head: where their words lie, and which lanes are keys.
 template <class T>
 struct Tile {
-  const T* keys[kTile];
-  const T* values[kKeys];                // by word
-  int key_stride;                        // elements between a key vector's words
-  int positions[kTile], lanes[kTile];    // lanes: none for a vector that no row sees
-  int first_word, end_word;              // of the values that rows see
-  KeyVector<T> ahead[kTile];             // of the tile after this one, fetched meanwhile
+  std::array<const T*, kTile> keys;
+  const T* values[kKeys];              // by word
+  int key_stride;                      // elements between a key vector's words
+  int positions[kTile], lanes[kTile];  // lanes: none for a vector that no row sees
+  int first_word, end_word;            // of the values that rows see
+  // Of the tile after this one, fetched meanwhile.
+  std::array<const T*, kTile> next_keys, next_values;
 };
 
 // What one thread needs for a task.
@@ -246,8 +251,8 @@ class Attention {
     }
   }
 
-  // The tile at key vector `base`, of which rows see [first, end). The vectors outside may lie in no block, or in one that
-  // is not this request's any more: their lanes repeat a neighbour and count for nothing.
+  // The tile at key vector `base`. Vectors that no row sees may lie in no block, or in one that is not this request's
+  // any more: they repeat a neighbour and count for nothing.
   Tile<T> locate(int base, Span seen) {
     const int first = std::max(base, seen.first), end = std::min(base + kTile, seen.end);
     Tile<T> tile;
@@ -262,7 +267,8 @@ class Attention {
       tile.positions[n] = vector.position;
       tile.lanes[n] = index == base + n ? vector.lanes : 0;
       place_values(tile, n, vector.values, std::min(vector.lanes, context - vector.position));
-      tile.ahead[n] = find<T, M>(p, is_last ? next : t, std::min(after.first + n, after.end - 1));
+      const KeyVector<T> later = find<T, M>(p, is_last ? next : t, std::min(after.first + n, after.end - 1));
+      tile.next_keys[n] = later.keys, tile.next_values[n] = later.values;
     }
     return tile;
   }
@@ -270,8 +276,8 @@ class Attention {
   // A key vector of fewer than 16 lanes, copied so that its words are whole vectors.
   const T* copy_keys(const T* keys, int lanes, int n) {
     T* to = s.keys + (int64_t)n * p.dim * kLanes;
-    for (int i = 0; i < p.dim / M::kPack; ++i)
-      std::memcpy(to + i * kLanes * M::kPack, keys + (int64_t)i * p.block_size * M::kPack, lanes * M::kPack * sizeof(T));
+    for (int i = 0; i < p.dim; i += M::kPack)
+      std::memcpy(to + i * kLanes, keys + (int64_t)i * p.block_size, lanes * M::kPack * sizeof(T));
     return to;
   }
 
@@ -310,35 +316,36 @@ class Attention {
   template <int R>
   void add_rows(const Tile<T>& tile, int row, State state) {
     const int words = p.dim / M::kPack;
+    const bool is_first = row == 0;
     multiply_add<M, R, kTile>(
         s.queries + (int64_t)row * words, words, words, s.scores, kKeys, nullptr,
-        [keys = tile.keys, ahead = tile.ahead, stride = (int64_t)tile.key_stride,
-         is_first = row == 0](int w, int n) {
-          if (is_first) prefetch(ahead[n].keys + w * stride);
+        [keys = tile.keys, next = tile.next_keys, stride = (int64_t)tile.key_stride, is_first](int w, int n) {
+          if (is_first) prefetch(next[n] + w * stride);
           return M::words(keys[n] + w * stride);
         });
     float keep[kLanes];
     soften(tile, row, R, state, keep);
     float* values = state.values + (int64_t)row * padded;
     int column = 0;
-    for (; column + 4 * kLanes <= padded; column += 4 * kLanes) add_values<R, 4>(tile, column, values + column, keep, row == 0);
-    for (; column < padded; column += kLanes) add_values<R, 1>(tile, column, values + column, keep, row == 0);
+    for (; column + 4 * kLanes <= padded; column += 4 * kLanes)
+      add_values<R, 4>(tile, column, values + column, keep, is_first);
+    for (; column < padded; column += kLanes) add_values<R, 1>(tile, column, values + column, keep, is_first);
   }
 
   template <int R, int N>
   SHOAL_INLINE void add_values(const Tile<T>& tile, int column, float* values, const float* keep, bool is_first) {
     const T* const* from = tile.values + tile.first_word;
+    const int64_t done = (int64_t)column / (4 * kLanes) * (kKeys / M::kPack);
     multiply_add<M, R, N>(
         s.weights + tile.first_word, kKeys / M::kPack, tile.end_word - tile.first_word, values, padded, keep,
-        [from, column, ahead = tile.ahead, is_first](int w, int n) {
-          if (is_first) prefetch(ahead[n].values + (column / (N * kLanes) * (kKeys / M::kPack) + w) * kLanes * M::kPack);
+        [from, column, next = tile.next_values, done, is_first](int w, int n) {
+          if (is_first) prefetch(next[n] + (done + w) * kLanes * M::kPack);
           return M::words(from[w] + (column + n * kLanes) * M::kPack);
         });
   }
 
-  // Turns rows of scores into weights; `keep` is what remains of that which the rows have gathered so far.
-  // One function for every number of rows: compilers differ from one expansion to the next in which sums and products they
-  // fuse, and a row's bits must not.
+  // One function for every number of rows: compilers differ from one expansion to the next in which sums and products
+  // they fuse, and a row's bits must not.
   __attribute__((noinline)) void soften(const Tile<T>& tile, int row, int count, State state, float* keep) {
     float highest[kLanes] = {};
     for (int r = 0; r < count; ++r) {
@@ -387,7 +394,7 @@ class Attention {
 
 template <class T, class M>
 void attend(const Problem& p, int requests, int threads) {
-  const int tile = std::max(1, kTileRows / p.group()), padded = p.padded_dim();
+  const int tile = std::max(1, kTaskRows / p.group()), padded = p.padded_dim();
   std::vector<Task> tasks;
   int64_t work = 0;
   int most_rows = 1;

@@ -25,9 +25,9 @@ void write(const T* k, const T* v, T* kv, const int64_t* slots, int64_t tokens, 
 }  // namespace
 
 // Strides in elements.
-SHOAL_EXPORT void shoal_kv_write(const void* k, const void* v, void* kv, const int64_t* slots, int64_t tokens, int kv_heads,
-                                 int dim, int block_size, int64_t k_stride, int64_t v_stride, int64_t block_stride,
-                                 int dtype, int threads) {
+SHOAL_EXPORT void shoal_kv_write(const void* k, const void* v, void* kv, const int64_t* slots, int64_t tokens,
+                                 int kv_heads, int dim, int block_size, int64_t k_stride, int64_t v_stride,
+                                 int64_t block_stride, int dtype, int threads) {
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = kv_pack<T>(dim, block_size) == 2 ? write<T, 2> : write<T, 1>;

@@ -1,8 +1,8 @@
 """C++ twin of torch_ops.kv_write.
 
-Inside each block and head the elements lie as the products of `attention` take them, so that nothing is laid out anew in
-a step: keys [head_dim / pack, block_size, pack] and values [block_size / pack, head_dim, pack], pack 2 for bfloat16 where
-both sizes are even, else 1. Only this table's `attention` reads them.
+Inside each block and head the elements lie as the products of `attention` take them, so that a step lays nothing out
+anew: keys [head_dim / pack, block_size, pack] and values [block_size / pack, head_dim, pack], where pack is 2 for
+bfloat16 if both sizes are even, else 1. Only this table's `attention` reads them.
 """
 
 from __future__ import annotations

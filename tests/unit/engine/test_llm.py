@@ -176,6 +176,8 @@ def test_bfloat16_answers_are_the_same_bit_for_bit_in_any_company():
         together = [result.outputs for result in llm.generate(prompts, params, use_tqdm=False)]
         cached = llm.generate(prompts, params, use_tqdm=False)
         assert [result.outputs for result in cached] == together
-    with LLM(str(gguf_path()), enable_prefix_caching=False, max_step_tokens=24, max_running_requests=3, **options) as llm:
+    with LLM(
+        str(gguf_path()), enable_prefix_caching=False, max_step_tokens=24, max_running_requests=3, **options
+    ) as llm:
         assert [llm.generate([prompt], params)[0].outputs for prompt in prompts] == together
         assert [result.outputs for result in llm.generate(prompts, params, use_tqdm=False)] == together

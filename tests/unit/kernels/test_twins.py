@@ -110,13 +110,14 @@ def kv_write(draw: Draw, dtype: torch.dtype) -> Run:
     whose context are the slots of its block up to its own. What was not to be written must still be 0."""
     tokens, (kv_heads, heads, dim), generator = tokens_of(draw), heads_of(draw), generator_of(draw)
     block_size = draw(st.sampled_from(BLOCK_SIZES))
+    num_blocks = 40 // block_size + 3  # more slots than tokens
 
     def run(ops: Operations) -> tuple[Tensor, ...]:
         g = generator()
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=g).to(dtype)
         q, k, v = split_heads(qkv, heads, kv_heads, dim)
-        pool = torch.zeros(12, 3, 2, kv_heads, block_size, dim, dtype=dtype)
-        slots = torch.randperm(12 * block_size, generator=g)[:tokens]
+        pool = torch.zeros(num_blocks, 3, 2, kv_heads, block_size, dim, dtype=dtype)
+        slots = torch.randperm(num_blocks * block_size, generator=g)[:tokens]
         is_skipped = torch.rand(tokens, generator=g) < 0.3
         ops.kv_write(k, v, pool[:, 1], torch.where(is_skipped, -1, slots))
         tables, contexts = (slots // block_size).int().view(-1, 1), (slots % block_size + 1).int()
