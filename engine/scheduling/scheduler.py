@@ -10,13 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 from shoal.engine.memory.kv_manager import KVManager
 from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
-from shoal.engine.request import BlockId, FinishReason, Request, RequestId, RequestOutput, RequestTimes, TokenLogprobs
+from shoal.engine.request import BlockId, FinishReason, Request, RequestId, RequestOutput, RequestTimes
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
 
-Entry = NewRequest | ContinuedRequest
+# A NamedTuple's own constructor is a Python function; these two are called for every request in every step.
+_continued = cast(Callable[[tuple[object, ...]], ContinuedRequest], partial(tuple.__new__, ContinuedRequest))
+_output = cast(Callable[[tuple[object, ...]], RequestOutput], partial(tuple.__new__, RequestOutput))
 
 
 @dataclass(slots=True)
@@ -170,7 +174,7 @@ class Scheduler:
                     return False
             new_blocks = self._kv.take_unsent(request_id)
         request.last_step = self._step
-        entries[request_id] = ContinuedRequest(request_id, start, num_new, request.take_unsent(), new_blocks)
+        entries[request_id] = _continued((request_id, start, num_new, request.take_unsent(), new_blocks))
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -240,30 +244,30 @@ class Scheduler:
         assert plan.step == result.step, (plan.step, result.step)
         self._retired_step = plan.step
         self._kv.retire(plan.step)
-        outputs = []
-        block_size = self._kv.block_size
-        token_ids_of = result.token_ids
-        entries: tuple[Entry, ...] = (*plan.new, *plan.continued)
-        for entry in entries:
-            request_id = entry.request_id
-            request = self._running.get(request_id)
-            if request is None:
-                continue  # aborted while the step ran
-            request.num_computed = end = entry.num_computed + entry.num_new
-            if entry.num_new > 1 or end % block_size == 0:
-                self._kv.commit(request)
-            token_ids = token_ids_of.get(request_id)
-            if token_ids:
-                outputs.append(self._append(request, token_ids, result.logprobs.get(request_id, ())))
-        self.counters.generation_tokens += sum([len(output.token_ids) for output in outputs])
-        return outputs
+        outputs = [
+            self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, result) for new in plan.new
+        ]
+        for request_id, num_computed, num_new, _, _ in plan.continued:
+            outputs.append(self._advance(request_id, num_computed + num_new, num_new, result))
+        sampled = [output for output in outputs if output is not None]
+        self.counters.generation_tokens += sum([len(output.token_ids) for output in sampled])
+        return sampled
 
-    def _append(
-        self, request: Request, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
-    ) -> RequestOutput:
+    def _advance(self, request_id: RequestId, end: int, num_new: int, result: StepResult) -> RequestOutput | None:
+        """Positions up to `end` are computed now, `num_new` of them new; take in what was sampled after them."""
+        request = self._running.get(request_id)
+        if request is None:
+            return None  # aborted while the step ran
+        request.num_computed = end
+        if num_new > 1 or end % self._kv.block_size == 0:
+            self._kv.commit(request)
+        token_ids = result.token_ids.get(request_id)
+        if not token_ids:
+            return None
+        logprobs = result.logprobs.get(request_id, ()) if result.logprobs else ()
         if request.first_token_s is None:
             request.first_token_s = self._clock()
-            self._wake_forks(request.request_id)
+            self._wake_forks(request_id)
         for count, token in enumerate(token_ids, start=1):
             request.output_ids.append(token)
             request.num_known = known = request.num_known + 1
@@ -275,14 +279,14 @@ class Scheduler:
                 continue
             times = self._finish(request)
             return RequestOutput(
-                request.request_id,
+                request_id,
                 token_ids[:count],
                 logprobs[:count],
                 request.finish_reason,
                 request.num_cached_tokens,
                 times=times,
             )
-        return RequestOutput(request.request_id, token_ids, logprobs, None, request.num_cached_tokens)
+        return _output((request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None))
 
     def _finish(self, request: Request) -> RequestTimes:
         del self._running[request.request_id]
