@@ -52,14 +52,7 @@ struct PairMath {
     store(p, v);
 #endif
   }
-  static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) {
-#if defined(__AVX512BF16__)
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    const Words high = splat_word(0xffff0000u);
-    return as_vec(a & high) * as_vec(b & high) + (as_vec(a << 16) * as_vec(b << 16) + sum);
-#endif
-  }
+  static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return multiply_add_pairs(sum, a, b); }
 };
 
 // Into the second-level cache: a Zen 4 core reads scattered blocks at 21 GB/s so, at 14 by fetching into the first and at

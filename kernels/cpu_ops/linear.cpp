@@ -16,18 +16,6 @@ constexpr int kMaxRows = 8;
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kSerialWeights = 1 << 14;
 
-SHOAL_INLINE Vec multiply_add_pairs(Vec sum, Words weights, uint32_t pair) {
-#if defined(__AVX512BF16__)
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weights, (__m512bh)_mm512_set1_epi32((int)pair));
-#else
-  const uint32_t low = pair << 16, high = pair & 0xffff0000u;
-  float first, second;
-  std::memcpy(&first, &low, 4);
-  std::memcpy(&second, &high, 4);
-  return sum + as_vec(weights << 16) * first + as_vec(weights & splat_word(0xffff0000u)) * second;
-#endif
-}
-
 // x: kRows rows of `pairs` input pairs; panel: [pairs][48] weight pairs; bias: null or `columns` values;
 // out: kRows rows, of which the first `columns` of 48 are stored.
 template <int kRows, class T>
@@ -40,7 +28,7 @@ void multiply_panel(T* out, int64_t out_stride, const uint32_t* x, int64_t x_str
     for (int i = 0; i < kVectors; ++i) weights[i] = load_raw<Words>(panel + k * kPanel + i * kLanes);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      const uint32_t pair = x[row * x_stride + k];
+      const Words pair = splat_word(x[row * x_stride + k]);
 #pragma GCC unroll 3
       for (int i = 0; i < kVectors; ++i) sums[row][i] = multiply_add_pairs(sums[row][i], weights[i], pair);
     }

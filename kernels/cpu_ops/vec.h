@@ -118,6 +118,16 @@ SHOAL_INLINE void store(T* p, Vec v, int n = kLanes) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// sum + a * b in every lane, of which a and b hold two bfloat16 numbers each.
+SHOAL_INLINE Vec multiply_add_pairs(Vec sum, Words a, Words b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  const Words high = splat_word(0xffff0000u);
+  return as_vec(a & high) * as_vec(b & high) + (as_vec(a << 16) * as_vec(b << 16) + sum);
+#endif
+}
+
 SHOAL_INLINE Vec select(Ints condition, Vec yes, Vec no) {
   return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition));
 }
