@@ -31,8 +31,7 @@ class EngineCore:
         """Bring the ranks up. Raises ConfigError if the checkpoint or the memory cannot work."""
         config, model = self.config, self.config.model
         info = self._executor.start()
-        layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, config.dtype_bytes)
-        self.max_model_len = check_pool(config, info.num_blocks, layout)
+        self.max_model_len = check_pool(config, info.num_blocks, KVLayout.of(config))
         windows = [window for window in model.layer_windows if window is not None]
         self._kv = KVManager(
             info.num_blocks,

@@ -45,8 +45,12 @@ def detect_machine(device: str = "auto") -> Machine:
 
 
 def resolve_options(options: EngineOptions) -> EngineConfig:
-    """Options to config, for the checkpoint and the machine at hand."""
-    return resolve(options, read_model_config(options.model), detect_machine(options.device))
+    """Options to config, for the checkpoint and the machine at hand. Raises ConfigError for what cannot work there."""
+    config = resolve(options, read_model_config(options.model), detect_machine(options.device))
+    if config.kv_memory_bytes is not None and config.num_blocks is None:  # otherwise known once the weights are loaded
+        layout = KVLayout.of(config)
+        check_pool(config, layout.blocks_in(config.kv_memory_bytes), layout)
+    return config
 
 
 class Worker:
@@ -68,14 +72,7 @@ class Worker:
                 progress("loading weights", done, total)
 
         self._model = load_model(self._config, self._ops, self._topology, SingleRank(), progress=report)
-        config = self._config.model
-        self._layout = KVLayout(
-            num_layers=len(self._model.layer_range),
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=self._config.block_size,
-            element_bytes=self._config.dtype_bytes,
-        )
+        self._layout = KVLayout.of(self._config, num_layers=len(self._model.layer_range))
 
     @property
     def weight_bytes(self) -> int:

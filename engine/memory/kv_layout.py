@@ -21,6 +21,13 @@ class KVLayout:
     block_size: int
     element_bytes: int
 
+    @classmethod
+    def of(cls, config: EngineConfig, num_layers: int | None = None) -> KVLayout:
+        """For all layers of the model, or `num_layers` of them."""
+        model = config.model
+        layers = model.num_layers if num_layers is None else num_layers
+        return cls(layers, model.num_kv_heads, model.head_dim, config.block_size, config.dtype_bytes)
+
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.element_bytes

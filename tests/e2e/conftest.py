@@ -96,8 +96,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One running server for a module's tests. In float32: bfloat16 has near ties in the answers asked for."""
-    server = Server(tmp_path_factory.mktemp("serve") / "output.txt", "--dtype", "float32")
+    """One running server for a module's tests, started as a newcomer would."""
+    server = Server(tmp_path_factory.mktemp("serve") / "output.txt")
     try:
         server.wait_for("ready after")
         yield server

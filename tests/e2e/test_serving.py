@@ -51,7 +51,7 @@ def samples(url: str) -> dict[str, float]:
 
 def test_the_capital_of_france_is_paris(client: openai.OpenAI) -> None:
     answer = ask(client)
-    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].message.content == "The capital of France is Paris."
     assert answer.choices[0].finish_reason == "stop"
 
 

@@ -58,7 +58,7 @@ def test_ctrl_c_while_starting_leaves_no_process(start_server: Callable[..., Any
 
 
 def test_a_replica_that_cannot_start_says_why_and_stops_everything(start_server: Callable[..., Any]) -> None:
-    server = start_server("--kv-memory", "1KiB")
+    server = start_server("--kv-memory", "1000000GiB")  # what is free is known once the weights are loaded
     assert server.wait(120) == 1
     errors = [line for line in server.output.splitlines() if line.startswith("shoal: error: ")]
     assert len(errors) == 1

@@ -149,7 +149,7 @@ def test_wrong_options_are_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         LLM(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="even one request"):
-        LLM(str(gguf_path()), kv_memory_bytes=1_000_000)
+        LLM(str(gguf_path()), kv_memory_bytes=1_000)
 
 
 def test_bfloat16_stays_close_to_float32(llm):
