@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -163,31 +162,28 @@ def _wait_until_idle(url: str, timeout_s: float = 10.0) -> dict[str, float]:
         time.sleep(0.05)
 
 
-def test_clients_that_leave_before_the_answer_cost_nothing_afterwards(server) -> None:
+def test_clients_that_leave_before_the_answer_cost_the_proxy_nothing(server) -> None:
     """HAProxy, as Ray configures it, spins on such a session (cluster/commands/haproxy.py)."""
     body = {"model": EMBEDDED_MODEL, "prompt": "Count:", "max_tokens": 400, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    before = haproxy_seconds(server)
     for _ in range(3):
         with pytest.raises(TimeoutError):
-            urllib.request.urlopen(
-                urllib.request.Request(
-                    f"{server.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-                ),
-                timeout=0.3,
-            )
-    time.sleep(1.0)
+            urllib.request.urlopen(request, timeout=0.3)
+        time.sleep(0.7)
+    assert haproxy_seconds(server) - before < 0.5
     assert samples(server.url)["vllm:num_requests_running"] == 0
-    before = cpu_seconds(server)
-    time.sleep(2.0)
-    assert cpu_seconds(server) - before < 1.0
 
 
-def cpu_seconds(server) -> float:
-    """Processor time that the server's living processes have used."""
-    ticks = 0
-    for pid in server.processes():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def haproxy_seconds(server) -> float:
+    """Processor time that the server's HAProxy has used."""
+    pids = [pid for pid, command in server.processes().items() if "/bin/haproxy " in command]
+    if not pids:
+        pytest.skip("this server runs without HAProxy")
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
