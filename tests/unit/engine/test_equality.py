@@ -161,7 +161,7 @@ def test_preempted_at_every_step(model, prompts, alone):
     engine = Engine(model, max_step_tokens=6, max_running_requests=1, enable_prefix_caching=False)
     for index in (1, 2):  # sampled, and with penalties
         most_steps = -(-len(prompts[index]) // 6) + 20
-        for at in range(0, most_steps, 3):
+        for at in range(most_steps):
             request = engine.add(f"r{index}-{at}", prompts[index], settings_of(index))
             for _ in range(at):
                 engine.step()
