@@ -152,6 +152,8 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {value}", field=name)
+    if options.memory_fraction == 0:
+        raise ConfigError("memory_fraction must be above 0", field="memory_fraction")
     if options.ageing_s <= 0:
         raise ConfigError(f"ageing_s must be positive, got {options.ageing_s}", field="ageing_s")
     if options.scheduling_policy not in ("fcfs", "priority"):

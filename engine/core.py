@@ -63,10 +63,14 @@ class EngineCore:
         return self._scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if it can never run here; nothing changes then."""
-        check_request(request.prompt_ids, self.config.model.vocab_size, self.max_model_len, request.params.max_tokens)
-        request.params.check_vocab(self.config.model.vocab_size)
+        """Queue a request that `check_request` has let through."""
         self._scheduler.add(request)
+
+    def check_request(self, request: Request) -> None:
+        """Raise RequestError for a request that can never run here. Callable from any thread."""
+        vocab_size = self.config.model.vocab_size
+        check_prompt(request.prompt_ids, vocab_size, self.max_model_len, request.params.max_tokens)
+        request.params.check_vocab(vocab_size)
 
     def abort(self, request_id: RequestId) -> Request | None:
         """Forget a request; None if it is not here (any more)."""
@@ -110,7 +114,7 @@ class EngineCore:
         )
 
 
-def check_request(prompt_ids: Sequence[int], vocab_size: int, max_model_len: int, max_tokens: int | None) -> None:
+def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_model_len: int, max_tokens: int | None) -> None:
     """Raise RequestError for a prompt that this model can never complete."""
     if not prompt_ids:
         raise RequestError("the prompt is empty: give at least one token", param="prompt")

@@ -149,6 +149,7 @@ class LLM:
         try:
             for result, param in zip(results, params, strict=True):
                 for sample in self._samples(result, param):
+                    self._core.check_request(sample.request)
                     self._core.add(sample.request)
                     open_samples[sample.request.request_id] = sample
             total = len(open_samples)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Protocol
 
 from shoal.engine.config import EngineConfig
-from shoal.engine.core import EngineCore, check_request
+from shoal.engine.core import EngineCore
 from shoal.engine.executor import Executor, ExecutorError, ExecutorInfo
 from shoal.engine.request import EngineStats, FinishReason, Request, RequestId, RequestOutput
 
@@ -107,10 +107,8 @@ class AsyncEngine:
         the engine has failed or is closed; none of them is queued then.
         """
         core = self._started
-        vocab_size = core.config.model.vocab_size
         for request in requests:
-            check_request(request.prompt_ids, vocab_size, core.max_model_len, request.params.max_tokens)
-            request.params.check_vocab(vocab_size)
+            core.check_request(request)
         with self._lock:
             self._raise_if_down()
             for request in requests:

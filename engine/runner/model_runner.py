@@ -43,8 +43,7 @@ class ModelRunner:
             self._copy_blocks(plan)
         for new in plan.new:
             self._rows.add(new)
-            token_ids = torch.tensor(new.token_ids, device=self._device)  # [known tokens]
-            self._sampler.add(new.request_id, new.params, token_ids, new.num_prompt_tokens)
+            self._sampler.add(new.request_id, new.params, new.token_ids, new.num_prompt_tokens, self._device)
         batch = self._rows.gather(plan)
         hidden = self._forward(batch)
         if len(batch.sampled) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +41,19 @@ class Sampler:
         self._vocab_size = vocab_size
         self._processors: dict[RequestId, LogitsProcessor] = {}
 
-    def add(self, request_id: RequestId, params: SamplingParams, token_ids: Tensor, num_prompt_tokens: int) -> None:
-        """Get ready for a request. token_ids: [known tokens] int64, on the device of the logits."""
+    def add(
+        self,
+        request_id: RequestId,
+        params: SamplingParams,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Get ready for a request with these known tokens, whose logits will be on `device`."""
         if LogitsProcessor.is_needed(params):
+            known = torch.tensor(token_ids, dtype=torch.int64, device=device)  # [known tokens]
             self._processors[request_id] = LogitsProcessor(
-                params, self._eos_token_ids, token_ids, num_prompt_tokens, self._vocab_size
+                params, self._eos_token_ids, known, num_prompt_tokens, self._vocab_size
             )
 
     def forget(self, request_id: RequestId) -> None:

@@ -143,6 +143,7 @@ class Harness:
 
     def add(self, name: str, prompt_ids: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Request:
         request = self.request(name, prompt_ids, max_tokens, **fields)
+        self.core.check_request(request)
         self.core.add(request)
         self.outputs[request.request_id] = []
         return request

@@ -39,7 +39,7 @@ def make(
 ) -> Sampler:
     sampler = Sampler(dispatch.reference(), (EOS,), VOCAB)
     for i, p in enumerate(params):
-        sampler.add(RequestId(f"r{i}"), p, torch.tensor(prompt + output), len(prompt))
+        sampler.add(RequestId(f"r{i}"), p, prompt + output, len(prompt), torch.device("cpu"))
     return sampler
 
 
