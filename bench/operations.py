@@ -18,6 +18,7 @@ import torch
 from shoal.kernels.dispatch import Operations, operations, reference
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTER, VOCAB = 9, 3, 64, 576, 1536, 49152
+EXPERTS, EXPERTS_PER_TOKEN, EXPERT_INTER = 16, 4, 384  # each token gets as many features as in the dense layer
 BLOCK_SIZE, LAYERS = 16, 4
 REPEATS = 7
 
@@ -60,6 +61,10 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Ope
     norm_weight = torch.ones(HIDDEN)
     gate_up = torch.randn(tokens, 2 * INTER).to(dtype)
     weight = torch.randn(2 * INTER, HIDDEN).to(dtype)
+    expert_gate_up = torch.randn(EXPERTS, 2 * EXPERT_INTER, HIDDEN).to(dtype)
+    expert_down = torch.randn(EXPERTS, HIDDEN, EXPERT_INTER).to(dtype)
+    chosen = torch.rand(tokens, EXPERTS).topk(EXPERTS_PER_TOKEN).indices.sort().values
+    expert_weights = torch.rand(tokens, EXPERTS_PER_TOKEN)
     logits = torch.randn(shape.requests, VOCAB) * 3
     rows = shape.requests
     temperature, top_k, top_p = torch.full((rows,), 0.8), torch.full((rows,), 50).int(), torch.full((rows,), 0.95)
@@ -71,6 +76,10 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Ope
         packed = ops.pack_linear(weight)
         return lambda: ops.linear(x, packed)
 
+    def experts(ops: Operations) -> Callable[[], object]:
+        packed = ops.pack_experts(expert_gate_up, expert_down)
+        return lambda: ops.experts(x, packed, chosen, expert_weights, "silu")
+
     yield "rms_norm", lambda ops: lambda: ops.rms_norm(x, norm_weight, 1e-5)
     yield "add_rms_norm", lambda ops: lambda: ops.add_rms_norm(x, residual, norm_weight, 1e-5)
     yield "rotary", lambda ops: lambda: ops.rotary(q, k, positions, cos_sin)
@@ -81,6 +90,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Ope
     )
     yield "gated_activation", lambda ops: lambda: ops.gated_activation(gate_up, "silu")
     yield "linear (gate_up)", linear
+    yield "experts (4 of 16)", experts
     yield "sample, plain", lambda ops: lambda: ops.sample(logits, *plain)
     yield "sample, top-k and top-p", lambda ops: lambda: ops.sample(logits, *truncated)
 

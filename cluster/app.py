@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 from shoal.cluster.config import ClusterConfig, ModelSettings, parse_config
 from shoal.cluster.gateway.deployment import Gateway
 from shoal.cluster.replica.deployment import Replica
+from shoal.cluster.replica.placement import Placement, Resources, place
 
 APP_NAME = "shoal"
 
@@ -24,10 +25,13 @@ APP_NAME = "shoal"
 # cores with 32 streams over HTTP, not spinning at all costs a quarter of the throughput. The default costs nothing
 # there, but a step takes ten times as long when another process wants a core. A short spin has neither fault.
 THREAD_ENV = {"GOMP_SPINCOUNT": "3000"}
+# A replica whose engine has failed ends its process; Serve learns of it when the next check finds nobody.
+HEALTH_CHECK_PERIOD_S = 1.0
 # A call that waits for a slow step must not be counted as a replica that hangs.
-HEALTH_CHECK_PERIOD_S = 5.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 LOGGING = LoggingConfig(log_level="INFO", enable_access_log=False)  # /metrics counts requests
+# A rank may die while its group loads: Serve then makes another group. What cannot work at all ends `shoal serve`.
+MAX_STARTS = 3
 DRAIN_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.2
 
@@ -67,9 +71,30 @@ def build_app(
 
 def num_cpus(model: ModelSettings) -> float:
     """Logical CPUs that Ray sets aside for one replica."""
-    if model.resources.num_cpus is not None:
-        return model.resources.num_cpus
-    return 1.0 if _num_gpus(model) else float(model.num_threads)
+    return sum(bundle.get("CPU", 0.0) for bundle in _placement(model).bundles)
+
+
+def _placement(model: ModelSettings) -> Placement:
+    rank, nodes = _rank_resources(model), model.nodes
+    return place(
+        model.tensor_parallel,
+        model.pipeline_parallel,
+        rank,
+        _coordinator_resources(model, rank),
+        stages=nodes.stages,
+        labels=nodes.labels,
+    )
+
+
+def _rank_resources(model: ModelSettings) -> Resources:
+    num_gpus = _num_gpus(model)
+    num_cpus = 1.0 if num_gpus else float(model.num_threads)
+    return Resources(num_cpus if model.resources.num_cpus is None else model.resources.num_cpus, num_gpus)
+
+
+def _coordinator_resources(model: ModelSettings, rank: Resources) -> Resources:
+    """Beside its ranks'. Where these compute on the CPU it shares their cores, and a single rank is in its process."""
+    return Resources(1.0 if rank.num_gpus and model.num_ranks > 1 else 0.0, 0.0)
 
 
 def _num_gpus(model: ModelSettings) -> float:
@@ -92,17 +117,31 @@ def _replica(model: ModelSettings, name: str, progress_address: str | None) -> A
         num_replicas=model.replicas,
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
-        ray_actor_options={
-            "num_cpus": num_cpus(model),
-            "num_gpus": _num_gpus(model),
-            # Ray sets OMP_NUM_THREADS to 1 unless it is told.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV}},
-        },
         logging_config=LOGGING,
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        max_constructor_retry_count=1,
+        max_constructor_retry_count=MAX_STARTS,
+        **_where(model),
     )
-    return deployment.bind(model, progress_address)
+    return deployment.bind(model, _rank_resources(model), progress_address)
+
+
+def _where(model: ModelSettings) -> dict[str, Any]:
+    """Serve's options for the place of a replica: an actor if it is one process, else a placement group."""
+    # Ray sets OMP_NUM_THREADS to 1 unless it is told. The ranks inherit the environment.
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV}}
+    placement = _placement(model)
+    rank = _rank_resources(model)
+    if model.num_ranks == 1:
+        (labels,) = placement.label_selectors
+        actor = {"num_cpus": rank.num_cpus, "num_gpus": rank.num_gpus, "runtime_env": environment}
+        return {"ray_actor_options": actor | ({"label_selector": dict(labels)} if labels else {})}
+    coordinator = _coordinator_resources(model, rank)
+    return {
+        "ray_actor_options": {"num_cpus": coordinator.num_cpus, "runtime_env": environment},
+        "placement_group_bundles": [dict(bundle) for bundle in placement.bundles],
+        "placement_group_strategy": placement.strategy,
+        "placement_group_bundle_label_selector": [dict(labels) for labels in placement.label_selectors],
+    }

@@ -5,7 +5,8 @@ so that Serve's routing, queue accounting and cancellation hold for it. The toke
 replica pushes one ZeroMQ message per engine step to each gateway, holding what that step gave all of the
 gateway's calls. A message of 32 outputs takes 12 us to encode and 16 us to decode.
 
-The answer to the Serve request says how many tokens each sample got, so a lost message is noticed.
+The answer to the Serve request says how many tokens each sample got, so a lost message is noticed. Between the tokens
+the replica names the calls that it still holds, so a gateway knows a replica that it cannot hear any more.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from typing import Final
 
 import msgspec
 
+from shoal.engine.executor import RankInfo
 from shoal.engine.request import Request, RequestError, RequestId, RequestOutput, SamplingParams
 
 # A message that would have to wait behind this many is dropped: its gateway has stopped reading.
 MAX_QUEUED_MESSAGES: Final = 100_000
+KEEPALIVE_PERIOD_S: Final = 1.0
+# A call of which a gateway has heard before, and then not for this long, is lost.
+SILENCE_TIMEOUT_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,17 @@ class ReplicaFacts:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """One replica group as `shoal status` shows it. One that is not up yet has neither a label nor ranks."""
+
+    state: str  # "running", or Serve's word for a replica that is not
+    label: str = ""  # the `engine` label of its metrics
+    num_blocks: int = 0
+    block_size: int = 0
+    ranks: tuple[RankInfo, ...] = ()
+
+
 class Progress(msgspec.Struct, frozen=True, array_like=True):
     """How far a replica has come with starting. `error` ends it: the replica cannot start."""
 
@@ -98,7 +114,7 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_step_decoder = msgspec.msgpack.Decoder(list[RequestOutput])
+_decoder = msgspec.msgpack.Decoder(list[RequestOutput | RequestId])
 _progress_decoder = msgspec.msgpack.Decoder(Progress)
 
 
@@ -107,9 +123,17 @@ def encode_step(outputs: list[RequestOutput]) -> bytes:
     return _encoder.encode(outputs)
 
 
-def decode_step(message: bytes) -> list[RequestOutput]:
-    """The outputs in a message of `encode_step`. Raises msgspec.DecodeError for anything else."""
-    return _step_decoder.decode(message)
+def encode_keepalive(request_ids: list[RequestId]) -> bytes:
+    """The first samples of the calls that a replica still holds, as a message."""
+    return _encoder.encode(request_ids)
+
+
+def decode_step(message: bytes) -> list[RequestOutput | RequestId]:
+    """The outputs in a message of `encode_step`, or the ids in one of `encode_keepalive`.
+
+    Raises msgspec.DecodeError for anything else.
+    """
+    return _decoder.decode(message)
 
 
 def encode_progress(progress: Progress) -> bytes:

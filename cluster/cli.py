@@ -18,6 +18,7 @@ _SERVE_EXAMPLES = f"""examples:
   shoal serve                                  the embedded model, {EMBEDDED_MODEL}, on port 8000
   shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
   shoal serve model.Q4_1.gguf --dtype float32  a GGUF file
+  shoal serve ~/models/Qwen3-32B --tensor-parallel 2 --pipeline-parallel 2     over four ranks
   shoal serve cluster.yaml                     several models, replicas, everything
 
 a configuration file:
@@ -25,10 +26,17 @@ a configuration file:
     - name: smollm2
       model: {EMBEDDED_MODEL}      # or a directory, or a .gguf file, relative to this file
       replicas: 2
-      engine: {{dtype: bfloat16, max_model_len: 4096, kv_memory: 2GiB, num_threads: 4}}
+      tensor_parallel: 1                      # ranks that share every layer, on one node
+      pipeline_parallel: 2                    # stages, each with a share of the layers
+      nodes: {{stages: strict_spread}}          # each stage on a node of its own; labels: {{...}} chooses nodes
+      engine: {{dtype: bfloat16, max_model_len: 4096, kv_memory: 2GiB, num_threads: 4, step_timeout: 60}}
   http: {{host: 0.0.0.0, port: 8000}}
   gateways: 1
   ray: {{address: auto}}                        # join a running Ray; leave out to start one
+
+A replica whose node is gone is replaced when Ray notices, by default within a minute. To make that 9 seconds, start
+Ray's head with these in its environment:
+  RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 
 Ctrl-C lets open requests finish for a few seconds and stops everything; a second Ctrl-C does not wait.
 """
@@ -39,6 +47,15 @@ _CHAT_EXAMPLES = """examples:
   shoal chat --url http://gpu-1:8000 --temperature 0 --system "Answer in French."
 
 while chatting:  /reset forgets the conversation,  /exit (or Ctrl-D) leaves,  Ctrl-C stops an answer
+"""
+
+_PLAN_EXAMPLES = """examples:
+  shoal plan ~/models/Qwen3-32B --gpus 8xH100  which shapes fit, and the KV tokens that each gives
+  shoal plan model.gguf --gpus 2x4xL4          two nodes of four GPUs
+  shoal plan cluster.yaml --gpus 4x24GiB       every model of a configuration, GPUs by their memory
+  shoal plan --json                            the embedded model on this machine, for programs
+
+Only headers are read and nothing is started. Memory is what data sheets state, in 10**9 bytes.
 """
 
 _STATUS_EXAMPLES = """examples:
@@ -71,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shoal {importlib.metadata.version('shoal')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_plan(commands)
     _add_chat(commands)
     _add_status(commands)
     return parser
@@ -91,14 +109,32 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model = serve.add_argument_group("the model (the first one, where a configuration names several)")
     model.add_argument("--model-name", metavar="NAME", help="the name that clients ask for")
     model.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
+    model.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that share every layer (default: 1)")
+    model.add_argument("--pipeline-parallel", type=int, metavar="N", help="stages of layers (default: 1)")
     model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
     model.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     model.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
     model.add_argument("--kv-memory", metavar="SIZE", help="memory of the KV pool of a replica, such as 2GiB")
     model.add_argument("--max-running-requests", type=int, metavar="N", help="requests that run at once")
-    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a replica (default: all)")
+    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank (default: its share)")
     serve.add_argument("--ray-address", metavar="ADDRESS", help='"auto" or host:port of a running Ray to join')
     serve.add_argument("--verbose", action="store_true", help="show the logs of Ray and of the replicas")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = _add_command(commands, "plan", "show which shapes of a model fit which devices", _PLAN_EXAMPLES)
+    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "target",
+        nargs="?",
+        metavar="CONFIG.yaml|MODEL_DIR|FILE.gguf",
+        help="what to plan for (default: the embedded model)",
+    )
+    plan.add_argument("--gpus", metavar="[NODESx]NxGPU", help="such as 8xH100 or 4x24GiB (default: this machine)")
+    plan.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
+    plan.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
+    plan.add_argument("--max-running-requests", type=int, metavar="N", help="requests that run at once")
+    plan.add_argument("--json", action="store_true", help="for programs, with every shape")
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -146,6 +182,8 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
             "ray.address": args.ray_address,
             "models.0.name": args.model_name,
             "models.0.replicas": args.replicas,
+            "models.0.tensor_parallel": args.tensor_parallel,
+            "models.0.pipeline_parallel": args.pipeline_parallel,
             "models.0.engine.dtype": args.dtype,
             "models.0.engine.device": args.device,
             "models.0.engine.max_model_len": args.max_model_len,
@@ -156,6 +194,18 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
     )
 
 
+def plan_config(args: argparse.Namespace) -> ClusterConfig:
+    """The configuration that the arguments of `shoal plan` stand for, the same for all models. Raises ConfigError."""
+    config = load_config(args.target)
+    given = {
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "max_running_requests": args.max_running_requests,
+    }
+    keys = {f"models.{i}.engine.{name}": value for i in range(len(config.models)) for name, value in given.items()}
+    return override(config, keys)
+
+
 # Each command is imported when it runs: Ray alone takes a second.
 
 
@@ -163,6 +213,12 @@ def _serve(args: argparse.Namespace) -> int:
     from shoal.cluster.commands.serve import serve
 
     return serve(serve_config(args), is_verbose=args.verbose)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.plan import plan
+
+    return plan(plan_config(args), gpus=args.gpus, is_json=args.json)
 
 
 def _chat(args: argparse.Namespace) -> int:

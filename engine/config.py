@@ -54,6 +54,15 @@ class EngineOptions:
     max_running_requests: requests that hold KV at once.
     watermark: share of the pool that admission leaves free, so that running requests can grow.
     ageing_s: with policy "priority", waiting this long outweighs one priority level.
+    tensor_parallel: ranks that share every layer (heads, MLP features, vocabulary).
+    pipeline_parallel: stages, each with its share of the layers. The replica has tensor_parallel * pipeline_parallel
+        ranks; kv_memory_bytes is of all of them together.
+    stage_layers: layers of each stage, in order; otherwise dealt as evenly as they go.
+    async_scheduling: plan the next step while one runs; by default wherever the ranks do not share the coordinator's
+        thread.
+    num_threads: CPU threads of each rank.
+    step_timeout_s: a step that takes longer means that a rank hangs, and the replica is given up.
+    heartbeat_timeout_s: a rank that is silent for so long counts as dead.
     """
 
     model: str
@@ -72,6 +81,16 @@ class EngineOptions:
     ageing_s: float = 30.0
     num_threads: int | None = None
     seed: int = 0
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    async_scheduling: bool | None = None
+    step_timeout_s: float = 300.0
+    heartbeat_timeout_s: float = 10.0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +144,25 @@ class EngineConfig:
     ageing_s: float
     num_threads: int
     seed: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    stage_layers: tuple[int, ...] | None
+    async_scheduling: bool
+    step_timeout_s: float
+    heartbeat_timeout_s: float
 
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """One step for each stage, and one that waits so that no rank does."""
+        return self.pipeline_parallel + self.async_scheduling
 
 
 def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> EngineConfig:
@@ -144,7 +178,7 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
             field="max_model_len",
         )
     for name in ("max_model_len", "block_size", "max_step_tokens", "max_running_requests", "num_threads",
-                 "num_blocks", "kv_memory_bytes"):  # fmt: skip
+                 "num_blocks", "kv_memory_bytes", "tensor_parallel", "pipeline_parallel"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
@@ -154,8 +188,10 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
             raise ConfigError(f"{name} must be at least 0 and below 1, got {value}", field=name)
     if options.memory_fraction == 0:
         raise ConfigError("memory_fraction must be above 0", field="memory_fraction")
-    if options.ageing_s <= 0:
-        raise ConfigError(f"ageing_s must be positive, got {options.ageing_s}", field="ageing_s")
+    for name in ("ageing_s", "step_timeout_s", "heartbeat_timeout_s"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"{name} must be positive, got {getattr(options, name)}", field=name)
+    _check_stage_layers(options, model)
     if options.scheduling_policy not in ("fcfs", "priority"):
         raise ConfigError(
             f"scheduling_policy must be 'fcfs' or 'priority', got {options.scheduling_policy!r}",
@@ -190,7 +226,28 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
         ageing_s=options.ageing_s,
         num_threads=options.num_threads or machine.num_cores,
         seed=options.seed,
+        tensor_parallel=options.tensor_parallel,
+        pipeline_parallel=options.pipeline_parallel,
+        stage_layers=options.stage_layers,
+        # A single CPU rank computes in the coordinator's own thread: nothing could overlap.
+        async_scheduling=not on_cpu or options.num_ranks > 1
+        if options.async_scheduling is None
+        else options.async_scheduling,
+        step_timeout_s=options.step_timeout_s,
+        heartbeat_timeout_s=options.heartbeat_timeout_s,
     )
+
+
+def _check_stage_layers(options: EngineOptions, model: ModelConfig) -> None:
+    layers = options.stage_layers
+    if layers is None:
+        return
+    if len(layers) != options.pipeline_parallel or min(layers, default=0) < 1 or sum(layers) != model.num_layers:
+        raise ConfigError(
+            f"stage_layers {list(layers)} must give each of {options.pipeline_parallel} stages at least one layer, and "
+            f"{model.num_layers} in all: change it, or leave it out to deal the layers evenly",
+            field="stage_layers",
+        )
 
 
 def _resolve_dtype(name: str, model: ModelConfig, machine: Machine) -> DTypeName:

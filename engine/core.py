@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from shoal.engine.config import EngineConfig
 from shoal.engine.executor import Executor, ExecutorInfo
 from shoal.engine.memory.kv_layout import KVLayout, check_pool
 from shoal.engine.memory.kv_manager import KVManager
+from shoal.engine.plan import StepPlan
 from shoal.engine.request import EngineStats, Request, RequestError, RequestId, RequestOutput
 from shoal.engine.scheduling.scheduler import Scheduler
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
@@ -24,6 +26,7 @@ class EngineCore:
         self.config = config
         self._executor = executor
         self._info: ExecutorInfo | None = None
+        self._in_flight: deque[StepPlan] = deque()
         self._steps = 0
         self._step_seconds = 0.0
 
@@ -47,10 +50,12 @@ class EngineCore:
             max_running_requests=config.max_running_requests,
             max_model_len=self.max_model_len,
             eos_token_ids=model.eos_token_ids,
+            spacing=config.pipeline_parallel,
         )
         self._info = info
 
     def close(self) -> None:
+        self._in_flight.clear()
         self._executor.close()
 
     @property
@@ -60,7 +65,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a request that `check_request` has let through."""
@@ -77,16 +82,28 @@ class EngineCore:
         return self._scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """One step over all ranks: what it gave each request that got a token."""
+        """Give the ranks as many plans as they may have, then wait for the oldest: what it gave each request that got a
+        token. Raises ExecutorError if a rank fails.
+        """
         start = time.perf_counter()
-        plan = self._scheduler.plan()
-        if plan.is_empty:
+        while len(self._in_flight) < self.config.max_steps_in_flight:
+            plan = self._scheduler.plan()
+            if plan.is_empty:
+                break
+            self._executor.submit(plan)
+            self._in_flight.append(plan)
+        if not self._in_flight:
             return []
-        result = self._executor.execute(plan)
+        result = self._executor.collect()
+        plan = self._in_flight.popleft()
         outputs = self._scheduler.commit(plan, result)
         self._steps += 1
         self._step_seconds += time.perf_counter() - start
         return outputs
+
+    def check_ranks(self) -> None:
+        """Raise ExecutorError if a rank has died or fallen silent: for idle moments, when no step would tell."""
+        self._executor.check()
 
     def check(self) -> None:
         """Assert the invariants of memory and queues: a self-audit for idle moments."""

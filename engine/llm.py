@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from shoal.engine.config import ConfigError, EngineConfig, EngineOptions
 from shoal.engine.core import EngineCore
+from shoal.engine.executor import EngineFactory
 from shoal.engine.request import (
     EngineStats,
     FinishReason,
@@ -33,7 +34,7 @@ from shoal.engine.request import (
     TokenLogprobs,
 )
 from shoal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from shoal.engine.worker import LocalExecutor, resolve_options
+from shoal.engine.worker import local_engine
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -64,8 +65,10 @@ class GenerationResult:
 class LLM:
     """A model, loaded. Use it as a context manager, or call close(), to free its memory early.
 
-    model: a directory with config.json and safetensors, or a .gguf file. Other arguments: see EngineOptions.
-    Raises ConfigError, telling what to change, for a model or settings that cannot work.
+    model: a directory with config.json and safetensors, or a .gguf file. Other arguments: see EngineOptions. With
+    tensor_parallel or pipeline_parallel above 1 the ranks are processes of this host.
+    Raises ConfigError, telling what to change, for a model or settings that cannot work, and ExecutorError if a rank
+    dies.
     """
 
     def __init__(self, model: str, *, dtype: str = "auto", **options: Any) -> None:
@@ -73,7 +76,7 @@ class LLM:
         for name in options:
             if name not in known:
                 raise ConfigError(f"LLM() has no option {name!r}; it takes {', '.join(known)}", field=name)
-        self._config = resolve_options(EngineOptions(model=str(model), dtype=dtype, **options))
+        engine_options = EngineOptions(model=str(model), dtype=dtype, **options)
         self._tokenizer = Tokenizer.load(str(model))
         with tqdm(desc="loading weights", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -81,8 +84,13 @@ class LLM:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            self._core = EngineCore(self._config, LocalExecutor(self._config, report))
-            self._core.start()
+            self._config, executor = _engine_factory(engine_options)(report)
+            self._core = EngineCore(self._config, executor)
+            try:
+                self._core.start()
+            except BaseException:
+                self._core.close()
+                raise
         self._ids = itertools.count()
 
     @property
@@ -163,6 +171,8 @@ class LLM:
                             self._core.abort(output.request_id)  # a stop string ends what the engine would go on with
                             bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
                             bar.update()
+                while self._core.has_work:  # steps planned ahead for a request that has stopped
+                    self._core.step()
         finally:
             for request_id in open_samples:  # interrupted, or refused halfway: leave nothing behind
                 self._core.abort(request_id)
@@ -185,6 +195,15 @@ class LLM:
             detokenizer = IncrementalDetokenizer(self._tokenizer, result.prompt_token_ids, params)
             samples.append(_Sample(request, result, result.outputs[index], detokenizer))
         return samples
+
+
+def _engine_factory(options: EngineOptions) -> EngineFactory:
+    if options.num_ranks == 1:
+        return local_engine(options)
+    from shoal.engine.group.coordinator import group_engine
+    from shoal.engine.group.processes import ProcessLauncher
+
+    return group_engine(options, ProcessLauncher())
 
 
 @dataclass(slots=True)

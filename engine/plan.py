@@ -37,6 +37,9 @@ class ContinuedRequest(NamedTuple):
     num_new: int
     new_token_ids: tuple[int, ...]  # known tokens that the ranks have not seen
     new_block_ids: tuple[BlockId, ...]  # appended to the block table
+    # 1: behind `new_token_ids` comes the token that the ranks sampled for it in its last step; it is still on its way
+    # to the coordinator, so the ranks take it from their own memory. Otherwise 0.
+    num_pending: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step sampled. A request that did not reach its last known token has no entry."""
+    """What one step sampled, in the order of the plans. A request that did not reach its last known token has no entry."""
 
     step: int
     token_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)

@@ -211,7 +211,9 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     num_known: int = 0  # prompt and output tokens
     num_computed: int = 0  # leading known tokens that have KV
-    num_sent: int = 0  # leading known tokens that the ranks have been told
+    num_planned: int = 0  # leading tokens that have KV once the steps in flight are over
+    num_expected: int = 0  # known tokens, and those that steps in flight sample
+    num_sent: int = 0  # leading tokens that the ranks know: they were told, or sampled them for a step that uses them
     num_slots: int = 0  # tokens that its blocks have room for
     block_hashes: list[BlockHash] = field(default_factory=list)  # of leading full blocks, as far as they were needed
     last_step: int = 0  # the last step it was planned in
@@ -224,7 +226,7 @@ class Request:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self.num_known = len(self.prompt_ids) + len(self.output_ids)
+        self.num_known = self.num_expected = len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def is_finished(self) -> bool:
@@ -238,10 +240,3 @@ class Request:
         if start >= split:
             return tuple(self.output_ids[start - split : end - split])
         return self.prompt_ids[start:] + tuple(self.output_ids[: end - split])
-
-    def take_unsent(self) -> tuple[int, ...]:
-        """Known tokens that the ranks have not been told since the last call."""
-        start, self.num_sent = self.num_sent, self.num_known
-        if start + 1 == self.num_sent:  # a request that decodes
-            return (self.output_ids[-1],)
-        return self.known_ids(start, self.num_sent)

@@ -17,16 +17,13 @@ from typing import Protocol
 
 from shoal.engine.config import EngineConfig
 from shoal.engine.core import EngineCore
-from shoal.engine.executor import Executor, ExecutorError, ExecutorInfo
+from shoal.engine.executor import EngineFactory, ExecutorError, ExecutorInfo, Progress
 from shoal.engine.request import EngineStats, FinishReason, Request, RequestId, RequestOutput
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-EngineFactory = Callable[[Progress], tuple[EngineConfig, Executor]]
-
-STEP_DEADLINE_S = 300.0  # a step that takes longer means a rank hangs
-IDLE_CHECK_S = 5.0
+IDLE_CHECK_S = 0.5
+CLOSE_TIMEOUT_S = 10.0
 
 
 class Sink(Protocol):
@@ -43,7 +40,7 @@ class AsyncEngine:
 
     def __init__(self, factory: EngineFactory, *, on_progress: Progress | None = None) -> None:
         """`factory` makes the config and the executor, in the engine's thread: `worker.local_engine(options)` for one
-        rank in this process.
+        rank in this process, `group.coordinator.group_engine(options, launcher)` for several.
         """
         self._factory = factory
         self._on_progress = on_progress or (lambda what, done, total: None)
@@ -81,7 +78,9 @@ class AsyncEngine:
         self._is_closed = True
         self._inbox.put(None)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, STEP_DEADLINE_S)
+            await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        if self._core is not None:
+            self._core.close()  # ends a step that a rank would not
 
     @property
     def config(self) -> EngineConfig:
@@ -155,9 +154,9 @@ class AsyncEngine:
         """Raise ExecutorError if the engine has failed, or if its step is overdue."""
         with self._lock:
             self._raise_if_down()
-        started_s = self._step_started_s
-        if started_s is not None and time.monotonic() - started_s > STEP_DEADLINE_S:
-            raise ExecutorError(f"a step has been running for more than {STEP_DEADLINE_S:g} s")
+        started_s, timeout_s = self._step_started_s, self._started.config.step_timeout_s
+        if started_s is not None and time.monotonic() - started_s > timeout_s:
+            raise ExecutorError(f"a step has been running for more than {timeout_s:g} s")
 
     def _raise_if_down(self) -> None:
         if self._error is not None:
@@ -168,12 +167,14 @@ class AsyncEngine:
     # -- the engine's thread -----------------------------------------------------------------------------------
 
     def _run(self, on_started: Callable[[BaseException | None], object]) -> None:
+        core: EngineCore | None = None
         try:
-            config, executor = self._factory(self._on_progress)
-            core = EngineCore(config, executor)
+            core = EngineCore(*self._factory(self._on_progress))
             core.start()
         except BaseException as error:
             self._error = error
+            if core is not None:
+                core.close()
             on_started(error)
             return
         self._core = core
@@ -197,9 +198,11 @@ class AsyncEngine:
                 self._deliver(core.step())
                 self._step_started_s = None
                 is_checked = False
-            elif not self._take_messages(core, timeout_s=IDLE_CHECK_S) and not is_checked:
-                core.check()  # idle for a while: audit the pool
-                is_checked = True
+            elif not self._take_messages(core, timeout_s=IDLE_CHECK_S):
+                core.check_ranks()
+                if not is_checked:
+                    core.check()  # idle for a while: audit the pool
+                    is_checked = True
 
     def _take_messages(self, core: EngineCore, timeout_s: float) -> bool:
         """Carry out all that has come in, waiting for the first message; False if none came."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from pathlib import Path
+import socket
+from collections import deque
 
 import torch
 
@@ -18,17 +18,19 @@ from shoal.engine.config import (
     count_cores,
     resolve,
 )
-from shoal.engine.executor import ExecutorInfo
-from shoal.engine.memory.kv_layout import KVLayout, check_pool
+from shoal.engine.executor import EngineFactory, ExecutorInfo, Progress, RankInfo
+from shoal.engine.machine import free_host_bytes, host_machine
+from shoal.engine.memory.kv_layout import check_pool
 from shoal.engine.models.registry import load_model, read_model_config
-from shoal.engine.parallel.collectives import SingleRank
+from shoal.engine.parallel.collectives import Collectives, SingleRank
+from shoal.engine.parallel.pipeline import SingleStage, StageLinks
 from shoal.engine.parallel.topology import SINGLE, Topology
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.runner.kv_store import KVStore
-from shoal.engine.runner.model_runner import ModelRunner
+from shoal.engine.runner.model_runner import ModelRunner, PendingStep
+from shoal.engine.shapes import check_shape
+from shoal.engine.sizing import ModelSizing, group_block_bytes, most_blocks, rank_layout
 from shoal.kernels import dispatch
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 def detect_machine(device: str = "auto") -> Machine:
@@ -41,24 +43,37 @@ def detect_machine(device: str = "auto") -> Machine:
     if has_cuda and device != "cpu":
         free, _ = torch.cuda.mem_get_info()
         return Machine("cuda", free, count_cores(), torch.cuda.is_bf16_supported())
-    return Machine("cpu", _free_host_bytes(), count_cores(), _has_cpu_bfloat16())
+    return host_machine()
 
 
 def resolve_options(options: EngineOptions) -> EngineConfig:
     """Options to config, for the checkpoint and the machine at hand. Raises ConfigError for what cannot work there."""
-    config = resolve(options, read_model_config(options.model), detect_machine(options.device))
-    if config.kv_memory_bytes is not None and config.num_blocks is None:  # otherwise known once the weights are loaded
-        layout = KVLayout.of(config)
-        check_pool(config, layout.blocks_in(config.kv_memory_bytes), layout)
+    machine = detect_machine(options.device)
+    config = resolve(options, read_model_config(options.model), machine)
+    check_shape(config, machine)
     return config
 
 
 class Worker:
-    """One rank. `load()` brings the weights up, `allocate()` the pool; after both, `execute()` runs steps."""
+    """One rank. `load()` brings the weights up, `allocate()` the pool; after both, `launch()` starts steps.
 
-    def __init__(self, config: EngineConfig, topology: Topology = SINGLE) -> None:
+    ranks_on_host: ranks of the group that share this host, and with it the memory where the device is a CPU.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        topology: Topology = SINGLE,
+        collectives: Collectives | None = None,
+        links: StageLinks | None = None,
+        *,
+        ranks_on_host: int = 1,
+    ) -> None:
         self._config = config
         self._topology = topology
+        self._collectives = collectives or SingleRank()
+        self._links = links or SingleStage()
+        self._ranks_on_host = ranks_on_host
         self._device = torch.device(config.device)
         self._runner: ModelRunner | None = None
 
@@ -71,8 +86,8 @@ class Worker:
             if progress is not None:
                 progress("loading weights", done, total)
 
-        self._model = load_model(self._config, self._ops, self._topology, SingleRank(), progress=report)
-        self._layout = KVLayout.of(self._config, num_layers=len(self._model.layer_range))
+        self._model = load_model(self._config, self._ops, self._topology, self._collectives, progress=report)
+        self._layout = rank_layout(self._config, self._topology)
 
     @property
     def weight_bytes(self) -> int:
@@ -83,29 +98,63 @@ class Worker:
         config = self._config
         if config.num_blocks is not None:
             return config.num_blocks
-        free = _free_host_bytes() if config.device == "cpu" else torch.cuda.mem_get_info()[0]
-        budget = int(free * config.memory_fraction) if config.kv_memory_bytes is None else config.kv_memory_bytes
-        if budget > free:
+        if config.device == "cpu":
+            free = free_host_bytes() // self._ranks_on_host
+        else:
+            free = torch.cuda.mem_get_info()[0]
+        free = max(0, free - ModelSizing(config).rank(self._topology).activation_bytes)
+        block_bytes = self._layout.bytes_per_block
+        if config.kv_memory_bytes is None:
+            num_blocks = int(free * config.memory_fraction) // block_bytes
+        else:
+            num_blocks = config.kv_memory_bytes // group_block_bytes(config)
+        if num_blocks * block_bytes > free:
             raise ConfigError(
-                f"kv_memory_bytes {budget} is more than the {free} bytes that are free on {config.device}: "
-                f"set kv_memory_bytes to less, or leave it out",
+                f"kv_memory_bytes {config.kv_memory_bytes} needs {num_blocks * block_bytes} bytes on {self._name}, "
+                f"where {free} are free on {config.device}: set kv_memory_bytes to less, or leave it out",
                 field="kv_memory_bytes",
             )
-        # More than every running request at full length plus as much again for cached prefixes is never used.
-        most = 2 * config.max_running_requests * -(-config.max_model_len // config.block_size) + 1
-        return min(self._layout.blocks_in(budget), most)
+        return min(num_blocks, most_blocks(config))
 
     def allocate(self, num_blocks: int) -> int:
         """Make the KV pool; answers its bytes. Raises ConfigError if it cannot hold even one request."""
         config = self._config
         max_model_len = check_pool(config, num_blocks, self._layout)
         kv = KVStore(self._layout, num_blocks, getattr(torch, config.dtype), self._device)
-        self._runner = ModelRunner(config, max_model_len, self._model, kv, self._ops, self._device)
+        self._runner = ModelRunner(
+            config,
+            max_model_len,
+            self._model,
+            kv,
+            ops=self._ops,
+            topology=self._topology,
+            collectives=self._collectives,
+            links=self._links,
+        )
         return kv.num_bytes
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def info(self, kv_bytes: int) -> RankInfo:
+        """This rank, loaded, with a pool of `kv_bytes`."""
+        return RankInfo(
+            stage=self._topology.stage,
+            tensor_rank=self._topology.tensor_rank,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            device_name=_device_name(self._config.device),
+            first_layer=self._model.layer_range.start,
+            num_layers=len(self._model.layer_range),
+            weight_bytes=self.weight_bytes,
+            kv_bytes=kv_bytes,
+        )
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step behind those launched before. On a CPU it is done when this returns."""
         assert self._runner is not None, "allocate() comes first"
-        return self._runner.execute(plan)
+        return self._runner.launch(plan)
+
+    @property
+    def _name(self) -> str:
+        return f"rank {self._topology.rank}" if self._config.num_ranks > 1 else "this machine"
 
     def use_threads(self) -> None:
         """Give the calling thread its share of cores: OpenMP keeps the count per thread."""
@@ -120,6 +169,7 @@ class LocalExecutor:
         self._config = config
         self._progress = progress
         self._worker: Worker | None = None
+        self._in_flight: deque[PendingStep] = deque()
 
     def start(self) -> ExecutorInfo:
         worker = Worker(self._config)
@@ -127,45 +177,32 @@ class LocalExecutor:
         num_blocks = worker.num_blocks_possible()
         kv_bytes = worker.allocate(num_blocks)
         self._worker = worker
-        return ExecutorInfo(num_blocks, kv_bytes, worker.weight_bytes, _device_name(self._config.device))
+        return ExecutorInfo(num_blocks, (worker.info(kv_bytes),))
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         assert self._worker is not None, "start() comes first"
         self._worker.use_threads()
-        return self._worker.execute(plan)
+        self._in_flight.append(self._worker.launch(plan))
+
+    def collect(self) -> StepResult:
+        return self._in_flight.popleft().wait()
+
+    def check(self) -> None:
+        pass  # there is nobody else who could fail
 
     def close(self) -> None:
+        self._in_flight.clear()
         self._worker = None
 
 
-def local_engine(options: EngineOptions) -> Callable[[Progress], tuple[EngineConfig, LocalExecutor]]:
-    """For AsyncEngine: one rank in this process. What it makes raises ConfigError for options that cannot work."""
+def local_engine(options: EngineOptions) -> EngineFactory:
+    """One rank in this process."""
 
     def make(progress: Progress) -> tuple[EngineConfig, LocalExecutor]:
         config = resolve_options(options)
         return config, LocalExecutor(config, progress)
 
     return make
-
-
-def _free_host_bytes() -> int:
-    """Memory that can be taken without swapping, within this process's cgroup."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
-    return free
-
-
-def _has_cpu_bfloat16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _device_name(device: Device) -> str:

@@ -17,11 +17,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.torch_ops import activation, attention, kv_write, linear, norm, rotary, sampling
+from shoal.kernels.torch_ops import activation, attention, experts, kv_write, linear, norm, rotary, sampling
 from shoal.kernels.torch_ops.activation import Activation
+from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.linear import PackedLinear
 
-__all__ = ["Activation", "Operations", "PackedLinear", "operations", "reference"]
+__all__ = ["Activation", "Operations", "PackedExperts", "PackedLinear", "operations", "reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Every operation for one device. Weights packed by one table are for that table's `linear`."""
+    """Every operation for one device. Weights packed by one table are for that table's `linear` and `experts`."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -61,6 +62,8 @@ class Operations:
     gated_activation: Callable[[Tensor, Activation], Tensor]
     pack_linear: Callable[[Tensor], PackedLinear]
     linear: Linear
+    pack_experts: Callable[[Tensor, Tensor], PackedExperts]
+    experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -86,12 +89,14 @@ def reference() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        pack_experts=experts.pack_experts,
+        experts=experts.experts,
         sample=sampling.sample,
     )
 
 
 def _cpu() -> Operations:
-    from shoal.kernels.cpu_ops import activation, attention, kv_write, library, linear, norm, rotary, sampling
+    from shoal.kernels.cpu_ops import activation, attention, experts, kv_write, library, linear, norm, rotary, sampling
 
     try:
         library.library()
@@ -108,12 +113,14 @@ def _cpu() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        pack_experts=experts.pack_experts,
+        experts=experts.experts,
         sample=sampling.sample,
     )
 
 
 def _cuda() -> Operations:
-    from shoal.kernels.triton_ops import activation, attention, kv_write, linear, norm, rotary, sampling
+    from shoal.kernels.triton_ops import activation, attention, experts, kv_write, linear, norm, rotary, sampling
 
     return replace(
         reference(),
@@ -124,5 +131,6 @@ def _cuda() -> Operations:
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         linear=linear.linear,
+        experts=experts.experts,
         sample=sampling.sample,
     )

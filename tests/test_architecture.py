@@ -26,9 +26,13 @@ FACTS = {"engine.config", "engine.request", "engine.plan"}
 ENGINE_FACE = FACTS | {
     "engine.core",
     "engine.executor",
+    "engine.machine",
+    "engine.memory.kv_layout",
+    "engine.shapes",
     "engine.streaming",
     "engine.tokenizer",
     "engine.worker",
+    "engine.group",
 }
 # What gateway, routing and replica know together; of each other they know nothing.
 SHARED = {"cluster.channel", "cluster.config", "cluster.logs", "cluster.metrics", "cluster.progress"}
@@ -49,26 +53,42 @@ LAYERS: Mapping[str, set[str]] = {
     "engine.scheduling": FACTS | {"engine.memory"},
     "engine.core": FACTS | {"engine.scheduling", "engine.memory", "engine.executor"},
     "engine.gguf_header": FACTS,
+    "engine.machine": {"engine.config"},
+    "engine.sizing": {"engine.config", "engine.memory.kv_layout", "engine.models", "engine.parallel.topology"},
+    "engine.shapes": {"engine.config", "engine.memory.kv_layout", "engine.models.registry", "engine.sizing"},
     # The rank half: doing it.
     "engine.parallel": FACTS,
     "engine.layers": {"engine.parallel", "kernels.dispatch"},
     "engine.models": FACTS | {"engine.gguf_header", "engine.layers", "engine.parallel", "kernels.dispatch"},
-    "engine.sampling": FACTS | {"kernels.dispatch"},
+    "engine.sampling": FACTS | {"engine.parallel", "kernels.dispatch"},
     "engine.runner": FACTS
-    | {"engine.models", "engine.layers", "engine.sampling", "engine.memory.kv_layout", "kernels.dispatch"},
+    | {
+        "engine.models",
+        "engine.layers",
+        "engine.parallel",
+        "engine.sampling",
+        "engine.memory.kv_layout",
+        "kernels.dispatch",
+    },
     "engine.worker": FACTS
     | {
         "engine.executor",
+        "engine.machine",
         "engine.runner",
         "engine.models",
         "engine.parallel",
         "engine.memory.kv_layout",
+        "engine.shapes",
+        "engine.sizing",
         "kernels.dispatch",
     },
+    # Many ranks: their coordinator is of the host half, a rank's process of both.
+    "engine.group": FACTS | {"engine.executor", "engine.models.registry", "engine.parallel.topology"},
+    "engine.group.rank": FACTS | {"engine.executor", "engine.group", "engine.parallel", "engine.worker"},
     # Fronts.
     "engine.tokenizer": FACTS | {"engine.gguf_header"},
     "engine.streaming": FACTS | {"engine.core", "engine.executor"},
-    "engine.llm": FACTS | {"engine.core", "engine.executor", "engine.tokenizer", "engine.worker"},
+    "engine.llm": FACTS | {"engine.core", "engine.executor", "engine.group", "engine.tokenizer", "engine.worker"},
     "engine": {"engine.llm", "engine.request"},
     "cluster.config": ENGINE_FACE,
     "cluster.channel": ENGINE_FACE,
@@ -92,6 +112,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     "kernels.triton_ops": {"torch", "triton"},
     "engine.llm": {"tqdm"},
     "engine.tokenizer": {"tokenizers", "jinja2", "transformers"},  # transformers converts old formats
+    "engine.group": {"msgspec", "zmq"},
     "engine.layers": {"torch"},
     "engine.models": {"torch", "numpy", "transformers", "safetensors", "gguf"},
     "engine.parallel": {"torch"},
@@ -108,6 +129,7 @@ LEFT_OUT = (
     ("shoal.engine.core shoal.engine.scheduling.scheduler shoal.engine.memory.kv_manager", "torch numpy transformers"),
     ("shoal.engine shoal.engine.streaming", "torch numpy ray"),
     ("shoal.engine.tokenizer shoal.engine.models.registry", "torch transformers ray"),
+    ("shoal.engine.group.coordinator shoal.engine.group.processes", "torch numpy transformers ray"),
     ("shoal.engine.llm", "ray fastapi pydantic"),
     ("shoal.cluster.cli", "ray torch transformers"),
 )

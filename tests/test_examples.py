@@ -54,6 +54,6 @@ def test_the_configuration_shows_the_defaults_of_a_cpu() -> None:
     model = locate_model(EMBEDDED_MODEL)
     machine = Machine("cpu", free_bytes=2**33, num_cores=1)
     decided = resolve(EngineOptions(model), read_model_config(model), machine)
-    options = shown.engine.options(model)
+    options = shown.options(model)
     for key in ("block_size", "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy"):
         assert getattr(options, key) == getattr(decided, key), key

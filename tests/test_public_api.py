@@ -46,7 +46,8 @@ def test_options_of_the_engine() -> None:
     assert field_names(EngineOptions) == [
         "model", "dtype", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks", "memory_fraction",
         "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
-        "ageing_s", "num_threads", "seed",
+        "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
+        "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
 
 
@@ -87,9 +88,11 @@ def test_commands_and_their_options() -> None:
     }
     assert options == {
         "serve": [
-            "--help", "--host", "--port", "--model-name", "--replicas", "--dtype", "--device", "--max-model-len",
-            "--kv-memory", "--max-running-requests", "--num-threads", "--ray-address", "--verbose",
+            "--help", "--host", "--port", "--model-name", "--replicas", "--tensor-parallel", "--pipeline-parallel",
+            "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
+            "--ray-address", "--verbose",
         ],
+        "plan": ["--help", "--gpus", "--dtype", "--max-model-len", "--max-running-requests", "--json"],
         "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
         "status": ["--help", "--url", "--ray-address", "--json"],
     }  # fmt: skip
@@ -98,12 +101,15 @@ def test_commands_and_their_options() -> None:
 def test_keys_of_a_configuration_file() -> None:
     assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "ray"}
     assert set(ModelSettings.model_fields) == {
-        "name", "model", "replicas", "engine", "resources", "max_ongoing_requests", "max_queued_requests",
+        "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
+        "resources", "max_ongoing_requests", "max_queued_requests",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
-        "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed",
+        "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
+        "step_timeout", "heartbeat_timeout",
     }  # fmt: skip
+    assert set(NodeSettings.model_fields) == {"labels", "stages"}
     assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
     assert set(RaySettings.model_fields) == {"address"}
 
@@ -124,5 +130,6 @@ def test_http_routes() -> None:
         ("GET", "/health"),
         ("GET", "/ping"),
         ("GET", "/metrics"),
+        ("GET", "/status"),
         ("GET", "/version"),
     }

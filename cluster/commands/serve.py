@@ -87,7 +87,7 @@ def check_models(config: ClusterConfig) -> None:
     from shoal.engine.worker import resolve_options  # brings torch
 
     for model in config.models:
-        resolve_options(model.engine.options(locate_model(model.model)))
+        resolve_options(model.options(locate_model(model.model)))
 
 
 class _Signals:
@@ -122,24 +122,38 @@ class _Signals:
 def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, is_verbose: bool) -> None:
     """Bring everything up, then stay until a signal raises Stopped. Raises StartError."""
     narrator = _Narrator(start)
-    with ProgressReceiver(local_ip()) as progress:
-        address = config.ray.address
-        narrator.say("starting Ray" if address is None else f"joining Ray at {address}")
-        try:
-            _start_ray(config, is_verbose=is_verbose)
-            signals.install()
-            narrator.say("starting " + ", ".join(f"{model.replicas} x {model.name}" for model in config.models))
+    address = config.ray.address
+    narrator.say("starting Ray" if address is None else f"joining Ray at {address}")
+    with _as_start_error():
+        _start_ray(config, is_verbose=is_verbose)
+        signals.install()
+    with ProgressReceiver(_own_ip(config)) as progress:
+        narrator.say("starting " + ", ".join(f"{model.replicas} x {model.name}" for model in config.models))
+        with _as_start_error():
             _deploy(config, progress.address)
-        except Exception as error:
-            raise StartError(
-                f"{type(error).__name__}: {_last_line(str(error))} (--verbose shows Ray's logs)"
-            ) from error
         _wait_until_running(progress, narrator)
     url = base_url(config.http.host, config.http.port)
     _wait_until_answering(url)
     print(announcement(url, config.models[0].name, time.monotonic() - start), flush=True)
     while True:
         signal.pause()
+
+
+@contextlib.contextmanager
+def _as_start_error() -> Iterator[None]:
+    try:
+        yield
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"{type(error).__name__}: {_last_line(str(error))} (--verbose shows Ray's logs)") from error
+
+
+def _own_ip(config: ClusterConfig) -> str:
+    """Where replicas can reach this process, once Ray is up."""
+    import ray
+
+    return local_ip() if config.ray.address is None else str(ray.util.get_node_ip_address())
 
 
 def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:

@@ -1,4 +1,4 @@
-"""`shoal status`: what a server is doing, from its /metrics or from Ray."""
+"""`shoal status`: what a server is doing, from its /status and /metrics or from Ray."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ def status(url: str, *, ray_address: str | None = None, is_json: bool = False) -
 
 
 def server_report(url: str) -> dict[str, Any]:
-    """Models and replicas of the server at `url`. Raises ServerError if there is none."""
-    listed = get_json(f"{url}/v1/models")["data"]
+    """Models, their groups and ranks at `url`. Healthy is a server whose groups are all up.
+
+    Raises ServerError if there is none.
+    """
     samples = _samples(get(f"{url}/metrics"))
-    models = [
-        {
-            "name": model["id"],
-            "max_model_len": model.get("max_model_len"),
-            "replicas": _replicas(samples, model["id"]),
-        }
-        for model in listed
-    ]
-    return {"url": url, "is_healthy": all(model["replicas"] for model in models), "models": models}
+    models = get_json(f"{url}/status")["models"]
+    for model in models:
+        measured = _measured(samples, model["name"])
+        model["groups"] = [{**group, **measured.get(group["label"], {})} for group in model["groups"]]
+    is_healthy = all(model["groups"] and all(map(_is_running, model["groups"])) for model in models)
+    return {"url": url, "is_healthy": is_healthy, "models": models}
+
+
+def _is_running(group: dict[str, Any]) -> bool:
+    return bool(group["state"] == "running")
 
 
 def ray_report(address: str) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def _samples(exposition: str) -> list[Sample]:
     return [sample for family in text_string_to_metric_families(exposition) for sample in family.samples]
 
 
-def _replicas(samples: Iterable[Sample], model: str) -> list[dict[str, Any]]:
+def _measured(samples: Iterable[Sample], model: str) -> dict[str, dict[str, Any]]:
+    """What the metrics say of each replica of `model`, by its `engine` label."""
     shown = {
         metrics.RUNNING.name: "running",
         metrics.WAITING.name: "waiting",
@@ -89,8 +93,8 @@ def _replicas(samples: Iterable[Sample], model: str) -> list[dict[str, Any]]:
             engine = sample.labels["engine"]
             is_share = sample.name == metrics.KV_USAGE.name
             value = round(sample.value, 4) if is_share else int(sample.value)
-            replicas.setdefault(engine, {"engine": engine})[shown[sample.name]] = value
-    return [replicas[engine] for engine in sorted(replicas)]
+            replicas.setdefault(engine, {})[shown[sample.name]] = value
+    return replicas
 
 
 def _lines(report: dict[str, Any]) -> Iterable[str]:
@@ -99,11 +103,31 @@ def _lines(report: dict[str, Any]) -> Iterable[str]:
         states = ", ".join(f"{count} {state.lower()}" for state, count in deployment["replicas"].items())
         yield f"  {name}: {deployment['status'].lower()} ({states or 'no replicas'})"
     for model in report.get("models", ()):
-        yield f"  {model['name']} (up to {model['max_model_len']} tokens): {len(model['replicas'])} replica(s)"
-        for replica in model["replicas"]:
-            yield (
-                f"    replica {replica['engine']}: {replica['running']} running, {replica['waiting']} waiting, "
-                f"KV {replica['kv_usage']:.1%}; {replica['prompt_tokens']} prompt tokens "
-                f"({replica['cached_tokens']} cached), {replica['generation_tokens']} generated, "
-                f"{replica['preemptions']} preemptions"
-            )
+        yield f"  {model['name']} (up to {model['max_model_len']} tokens): {len(model['groups'])} replica(s)"
+        for group in model["groups"]:
+            yield from _group_lines(group)
+
+
+def _group_lines(group: dict[str, Any]) -> Iterable[str]:
+    if not _is_running(group):
+        yield f"    replica: {group['state']}"
+        return
+    head = f"    replica {group['label']}: {group['num_blocks'] * group['block_size']} KV tokens"
+    if "running" in group:  # otherwise it answered for its state and not for its measurements
+        head += (
+            f", {group['kv_usage']:.1%} used; {group['running']} running, {group['waiting']} waiting; "
+            f"{group['prompt_tokens']} prompt tokens ({group['cached_tokens']} cached), "
+            f"{group['generation_tokens']} generated, {group['preemptions']} preemptions"
+        )
+    yield head
+    for rank in group["ranks"]:
+        last = rank["first_layer"] + rank["num_layers"] - 1
+        yield (
+            f"      stage {rank['stage']} rank {rank['tensor_rank']}: {rank['node']} pid {rank['pid']}, "
+            f"{rank['device_name']}, layers {rank['first_layer']}-{last}, "
+            f"weights {_mib(rank['weight_bytes'])}, KV {_mib(rank['kv_bytes'])}"
+        )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"

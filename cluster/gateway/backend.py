@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.cluster.channel import GenerateCall
+from shoal.cluster.channel import GenerateCall, GroupStatus
 from shoal.engine.request import RequestOutput
 from shoal.engine.tokenizer import Tokenizer
 
@@ -19,6 +19,10 @@ class ReplicaUnavailableError(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class ReplicaFailedError(ReplicaUnavailableError):
+    """The replica that held a call has failed or fallen silent. The outputs so far are right; no more will come."""
+
+
 class Backend(Protocol):
     """Replicas of one model."""
 
@@ -26,8 +30,13 @@ class Backend(Protocol):
         """Outputs of one engine step for this call's samples at a time, until every sample has finished.
 
         Closing the generator, or cancelling the task that reads it, aborts what still runs. Raises RequestError for
-        a call that cannot be served as asked and ReplicaUnavailableError when nobody can serve it now.
+        a call that cannot be served as asked, ReplicaUnavailableError when nobody can serve it now, and
+        ReplicaFailedError, which is one, when its replica failed: no output has the finish reason ERROR.
         """
+        ...
+
+    async def groups(self) -> list[GroupStatus]:
+        """Every replica group, those that are not up included."""
         ...
 
     async def metrics_text(self) -> str:
@@ -51,4 +60,4 @@ class ServedModel:
     backend: Backend
 
 
-__all__ = ["Backend", "GenerateCall", "ReplicaUnavailableError", "ServedModel"]
+__all__ = ["Backend", "GenerateCall", "GroupStatus", "ReplicaFailedError", "ReplicaUnavailableError", "ServedModel"]

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError
 from shoal.engine.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
                 503,
                 str(error),
                 type="service_unavailable_error",
-                code="no_replica",
+                code="replica_failed" if isinstance(error, ReplicaFailedError) else "no_replica",
                 headers={"retry-after": str(error.retry_after_s)},
             )
         case HTTPException():

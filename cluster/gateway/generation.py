@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from shoal.cluster.gateway.backend import Backend, GenerateCall, ServedModel
+from shoal.cluster.gateway.backend import Backend, GenerateCall, ReplicaFailedError, ServedModel
 from shoal.cluster.gateway.responses import FinishReasonName, PromptTokensDetails, Usage
 from shoal.engine.request import FinishReason, RequestId, RequestOutput, TokenLogprobs
 from shoal.engine.tokenizer import IncrementalDetokenizer
@@ -20,10 +20,6 @@ _FINISH_NAMES: Mapping[FinishReason, FinishReasonName] = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
 }
-
-
-class GenerationError(RuntimeError):
-    """A replica failed while it generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +60,6 @@ class _Choice:
         """The delta to show for one output, None if there is nothing to show yet."""
         if self.is_finished:  # a stop string ended it; the engine does not know
             return None
-        if output.finish_reason is FinishReason.ERROR:
-            raise GenerationError(output.error or "the replica gave no reason")
         reason = output.finish_reason
         detokenizer = self._detokenizer
         text = detokenizer.push(output.token_ids, ends_with_stop_token=reason is FinishReason.STOP)
@@ -123,7 +117,7 @@ class Generation:
                     yield shown
                 if all(choice.is_finished for choice in group):
                     return  # closing the steps aborts samples that the engine would carry past a stop string
-        raise GenerationError("the replica stopped answering before every sample was finished")
+        raise ReplicaFailedError("the replica stopped answering before every sample was finished")
 
 
 async def collect(generation: Generation) -> list[ChoiceDelta]:

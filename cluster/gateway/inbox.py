@@ -11,16 +11,18 @@ from typing import Final
 import msgspec
 import zmq
 
-from shoal.cluster.channel import MAX_QUEUED_MESSAGES, decode_step
-from shoal.engine.request import RequestId, RequestOutput
+from shoal.cluster.channel import KEEPALIVE_PERIOD_S, MAX_QUEUED_MESSAGES, SILENCE_TIMEOUT_S, decode_step
+from shoal.cluster.gateway.backend import ReplicaFailedError
+from shoal.engine.request import FinishReason, RequestId, RequestOutput
 
 log = logging.getLogger(__name__)
 
 # Messages handled before the event loop gets its turn again.
 _MAX_BURST: Final = 64
+_MAX_SILENT_PERIODS: Final = round(SILENCE_TIMEOUT_S / KEEPALIVE_PERIOD_S)
 
 
-class TokensLostError(RuntimeError):
+class TokensLostError(ReplicaFailedError):
     """Tokens of a call did not arrive."""
 
 
@@ -31,6 +33,7 @@ class CallInbox:
         self._loop = asyncio.get_running_loop()
         self._num_tokens = dict.fromkeys(sample_ids, 0)  # of the samples that are still open
         self._is_closed = False
+        self._num_silent_periods: int | None = None  # None: no replica has the call, as far as is known
         self._queue: asyncio.Queue[list[RequestOutput] | Exception] = asyncio.Queue()
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -40,7 +43,9 @@ class CallInbox:
         return not self._num_tokens
 
     async def next(self) -> list[RequestOutput]:
-        """The next step's outputs. Raises what `fail` was given, and TokensLostError for a gap."""
+        """The next step's outputs. Raises what `fail` was given, ReplicaFailedError for an output that says so, and
+        TokensLostError for a gap.
+        """
         item = await self._queue.get()
         if isinstance(item, Exception):
             raise item
@@ -49,7 +54,23 @@ class CallInbox:
         return item
 
     def put(self, outputs: list[RequestOutput]) -> None:
+        self.hear()
         self._queue.put_nowait(outputs)
+
+    def hear(self) -> None:
+        """The replica still has the call."""
+        self._num_silent_periods = 0
+
+    def pass_period(self) -> None:
+        """Called every KEEPALIVE_PERIOD_S. Fails the call when its replica has been silent for SILENCE_TIMEOUT_S.
+
+        Silence is counted, not timed, so that an event loop that was held up for long does not blame its replicas.
+        """
+        if self._num_silent_periods is None:
+            return
+        self._num_silent_periods += 1
+        if self._num_silent_periods == _MAX_SILENT_PERIODS:
+            self.fail(ReplicaFailedError(f"the replica has not been heard of for {SILENCE_TIMEOUT_S:g} s"))
 
     def fail(self, error: Exception) -> None:
         """End the call with this error, after the outputs that have come already."""
@@ -65,6 +86,8 @@ class CallInbox:
             self._deadline.cancel()
 
     def _count(self, output: RequestOutput) -> None:
+        if output.finish_reason is FinishReason.ERROR:
+            raise ReplicaFailedError(output.error or "the replica gave no reason")
         self._num_tokens[output.request_id] += len(output.token_ids)
         if output.finish_reason is None:
             return
@@ -85,6 +108,7 @@ class StepInbox:
         self.address = f"tcp://{ip}:{self._socket.bind_to_random_port(f'tcp://{ip}')}"
         self._calls: dict[RequestId, CallInbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._period: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to receive, in the running event loop."""
@@ -92,8 +116,11 @@ class StepInbox:
         # The descriptor only tells that something changed: it must be drained until nothing is left, each time.
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._drain()
+        self._period = self._loop.call_later(KEEPALIVE_PERIOD_S, self._pass_period)
 
     def close(self) -> None:
+        if self._period is not None:
+            self._period.cancel()
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._loop = None
@@ -127,11 +154,21 @@ class StepInbox:
         if self._loop is not None:
             self._loop.call_soon(self._drain)
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
+    def _pass_period(self) -> None:
+        for call in set(self._calls.values()):
+            call.pass_period()
+        if self._loop is not None:
+            self._period = self._loop.call_later(KEEPALIVE_PERIOD_S, self._pass_period)
+
+    def _deliver(self, items: list[RequestOutput | RequestId]) -> None:
         parts: dict[CallInbox, list[RequestOutput]] = {}
-        for output in outputs:
-            call = self._calls.get(output.request_id)
-            if call is not None:
-                parts.setdefault(call, []).append(output)
+        for item in items:
+            call = self._calls.get(item.request_id if isinstance(item, RequestOutput) else item)
+            if call is None:
+                continue
+            if isinstance(item, RequestOutput):
+                parts.setdefault(call, []).append(item)
+            else:
+                call.hear()
         for call, part in parts.items():
             call.put(part)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
+from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from shoal.cluster.channel import CallSummary, GenerateCall, ReplicaFacts
-from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
+from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError
 from shoal.cluster.gateway.inbox import CallInbox, StepInbox, TokensLostError
 from shoal.cluster.metrics import Snapshot, render
 from shoal.engine.request import RequestError, RequestOutput
@@ -37,8 +39,8 @@ class ReplicaBackend:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
         """The call's outputs, an item per engine step. Closing the generator aborts the call.
 
-        Raises RequestError where the engine refuses the call, ReplicaUnavailableError where no replica takes it or
-        the replica died, TokensLostError where its last tokens did not arrive.
+        Raises RequestError where the engine refuses the call, ReplicaUnavailableError where no replica takes it,
+        ReplicaFailedError where its replica fails, dies or falls silent, or tokens did not arrive.
         """
         with self._inbox.open(call.sample_ids) as inbox:
             response = self._handle.generate.remote(call, self._inbox.address)
@@ -51,6 +53,14 @@ class ReplicaBackend:
             finally:
                 if not inbox.is_finished:
                     response.cancel()
+
+    async def groups(self) -> list[GroupStatus]:
+        """Those that answer, and of the others what Serve says of them."""
+        answers: list[GroupStatus] = await self._ask_all("status")
+        others = await asyncio.to_thread(self._states)
+        others["RUNNING"] -= len(answers)
+        silent = [GroupStatus("not answering")] * others.pop("RUNNING")
+        return answers + silent + [GroupStatus(state.lower()) for state in others.elements()]
 
     async def snapshots(self) -> dict[tuple[str, str], Snapshot]:
         """Measurements of the replicas that answer, by (model_name, engine)."""
@@ -65,6 +75,12 @@ class ReplicaBackend:
         """Raise ReplicaUnavailableError if no replica answers. Full queues are no reason to fail."""
         if not await self._ask_all("facts"):
             raise ReplicaUnavailableError(f"no replica of {self._model_name} answers")
+
+    def _states(self) -> Counter[str]:
+        """Number of replicas by Serve's name of their state."""
+        app = serve.status().applications.get(self._handle.app_name)
+        deployment = app.deployments.get(self._handle.deployment_name) if app is not None else None
+        return Counter(deployment.replica_states if deployment is not None else ())
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What every replica answers, past their queues; without those that fail, all or nothing in time."""
@@ -88,7 +104,7 @@ class ReplicaBackend:
         except BackPressureError as error:
             inbox.fail(ReplicaUnavailableError(f"{self._model_name} has too many calls waiting: {error.message}"))
         except Exception as error:
-            lost = ReplicaUnavailableError(f"the replica of {self._model_name} failed: {type(error).__name__}")
+            lost = ReplicaFailedError(f"the replica of {self._model_name} failed: {type(error).__name__}")
             lost.__cause__ = error
             inbox.fail(lost)
         else:

@@ -65,6 +65,7 @@ def build_app(
         ("GET", "/health", gateway.health),
         ("GET", "/ping", gateway.health),
         ("GET", "/metrics", gateway.metrics),
+        ("GET", "/status", gateway.status),
         ("GET", "/version", gateway.version),
     )
     for method, path, endpoint in routes:
@@ -163,6 +164,9 @@ class _Gateway:
 
     async def metrics(self, http: Request) -> Response:
         return Response(await self._metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self, http: Request) -> Response:
+        return _json({"models": await asyncio.gather(*map(_status, self._models.values()))})
 
     async def version(self, http: Request) -> Response:
         return _json(VersionResponse(_own_version()))
@@ -276,6 +280,10 @@ def _echo(prompt: str | list[int], model: ServedModel) -> str:
 
 def _card(model: ServedModel) -> ModelCard:
     return ModelCard(id=model.name, created=model.created, max_model_len=model.max_model_len, root=model.name)
+
+
+async def _status(model: ServedModel) -> dict[str, Any]:
+    return {"name": model.name, "max_model_len": model.max_model_len, "groups": await model.backend.groups()}
 
 
 def _json(value: Any) -> Response:

@@ -20,6 +20,10 @@ class Calls:
         self._metrics = ReplicaMetrics()
         self._channels = GatewayChannels(self._metrics.observe_step)
 
+    def start(self) -> None:
+        """Begin to tell gateways which of their calls are open."""
+        self._channels.start()
+
     async def run(self, call: GenerateCall, reply_to: str) -> CallSummary:
         """Generate all samples; their tokens go to the gateway at `reply_to`, a message per step.
 

@@ -10,7 +10,13 @@ from typing import TypeAlias
 
 import zmq
 
-from shoal.cluster.channel import MAX_QUEUED_MESSAGES, CallSummary, encode_step
+from shoal.cluster.channel import (
+    KEEPALIVE_PERIOD_S,
+    MAX_QUEUED_MESSAGES,
+    CallSummary,
+    encode_keepalive,
+    encode_step,
+)
 from shoal.engine.request import Request, RequestId, RequestOutput
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
@@ -49,7 +55,7 @@ class GatewaySink:
         self._socket.set_hwm(MAX_QUEUED_MESSAGES)
         self._socket.linger = 0
         self._socket.connect(address)
-        self._lock = threading.Lock()  # the engine thread sends, the event loop closes
+        self._lock = threading.Lock()  # the engine's and the keepalive thread send, the event loop closes
         self._calls: dict[RequestId, OpenCall] = {}
         self._observe = observe
         self.num_dropped = 0
@@ -73,32 +79,47 @@ class GatewaySink:
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Send one step's outputs. Called in the engine thread; never blocks."""
         self._observe(outputs)
-        with self._lock:
-            if not self._socket.closed:
-                try:
-                    self._socket.send(encode_step(outputs), zmq.NOBLOCK)
-                except zmq.Again:
-                    self.num_dropped += 1
+        self._send(encode_step(outputs))
         # After the send, so that the summary never overtakes the tokens by more than the network does.
         for output in outputs:
             call = self._calls.get(output.request_id)
             if call is not None:
                 call.count(output)
 
+    def keep_alive(self) -> None:
+        """Tell the gateway which of its calls are still here. Never blocks."""
+        first_ids = {call.request_ids[0] for call in self._calls.copy().values()}  # the event loop changes _calls
+        if first_ids:
+            self._send(encode_keepalive(list(first_ids)))
+
     def close(self) -> None:
         with self._lock:
             self._socket.close()
 
+    def _send(self, message: bytes) -> None:
+        with self._lock:
+            if self._socket.closed:
+                return
+            try:
+                self._socket.send(message, zmq.NOBLOCK)
+            except zmq.Again:
+                self.num_dropped += 1
+
 
 class GatewayChannels:
-    """The sinks of all gateways that have open calls."""
+    """The sinks of all gateways that have open calls. From `start` on, a thread tells them which calls are open:
+    however long the engine's step takes, the gateways hear of the replica.
+    """
 
     def __init__(self, observe: Observe) -> None:
         self._context: Context = zmq.Context()
         self._observe = observe
         self._sinks: dict[str, GatewaySink] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="keepalive", daemon=True)
 
     def __enter__(self) -> GatewayChannels:
+        self.start()
         return self
 
     def __exit__(
@@ -119,11 +140,22 @@ class GatewayChannels:
             sink = self._sinks[address] = GatewaySink(self._context, address, self._observe)
         return sink
 
+    def start(self) -> None:
+        self._thread.start()
+
     def close(self) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
         for sink in self._sinks.values():
             sink.close()
         self._sinks.clear()
         self._context.term()
+
+    def _keep_alive(self) -> None:
+        while not self._closing.wait(KEEPALIVE_PERIOD_S):
+            for sink in list(self._sinks.values()):
+                sink.keep_alive()
 
     def _close_idle(self) -> None:
         for address in [address for address, sink in self._sinks.items() if sink.num_open == 0]:

@@ -1,38 +1,58 @@
-"""The Serve deployment of a replica: coordinator of one group, with its engine in this process."""
+"""The Serve deployment of a replica: coordinator of one group. A single rank is in this process, several are actors."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+from typing import Final
+
 from ray import serve
 
-from shoal.cluster.channel import CallSummary, GenerateCall, ReplicaFacts
+from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
 from shoal.cluster.config import ModelSettings, locate_model
 from shoal.cluster.logs import adopt_serve_handlers
 from shoal.cluster.metrics import Snapshot
 from shoal.cluster.progress import ProgressSender
 from shoal.cluster.replica.calls import Calls
+from shoal.cluster.replica.placement import Resources
+from shoal.cluster.replica.ray_launcher import RayLauncher
 from shoal.engine.config import ConfigError
+from shoal.engine.executor import EngineFactory, ExecutorError
+from shoal.engine.group.coordinator import group_engine
 from shoal.engine.streaming import AsyncEngine
 from shoal.engine.worker import local_engine
+
+log = logging.getLogger(__name__)
+
+ENGINE_CHECK_S: Final = 0.1
+CLOSE_TIMEOUT_S: Final = 2.0
+LAST_WORDS_S: Final = 0.2  # for errors on their way to gateways
 
 
 class Replica:
     """One whole copy of a model. Constructing it loads the weights."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, model: ModelSettings, progress_address: str | None = None
+        self, model: ModelSettings, rank_resources: Resources, progress_address: str | None = None
     ) -> None:
-        """Raises ConfigError, after telling it to whoever listens at `progress_address`."""
+        """`rank_resources`: what Ray has set aside for each rank.
+
+        Raises ConfigError, after telling it to whoever listens at `progress_address`, and ExecutorError if a rank dies
+        while it starts.
+        """
         adopt_serve_handlers()
         self._label = str(serve.get_replica_context().rank.rank)
         with ProgressSender(progress_address, model.name) as progress:
             try:
-                options = model.engine.options(locate_model(model.model))
-                self._engine = AsyncEngine(local_engine(options), on_progress=progress.send)
+                self._engine = AsyncEngine(_engine_factory(model, rank_resources), on_progress=progress.send)
                 await self._engine.start()
             except ConfigError as error:
                 progress.fail(str(error))
                 raise
         self._calls = Calls(self._engine)
+        self._calls.start()
+        self._watch = asyncio.create_task(self._leave_when_failed())
 
     async def generate(self, call: GenerateCall, reply_to: str) -> CallSummary:
         """See `Calls.run`."""
@@ -45,11 +65,39 @@ class Replica:
         """This replica's `engine` label and its measurements."""
         return self._label, self._calls.snapshot()
 
+    async def status(self) -> GroupStatus:
+        info, config = self._engine.info, self._engine.config
+        return GroupStatus("running", self._label, info.num_blocks, config.block_size, info.ranks)
+
     def check_health(self) -> None:
         """Raises ExecutorError when the engine's thread has died or hangs; Serve then replaces the replica."""
         self._engine.check()
 
     async def __del__(self) -> None:
         # Serve awaits this once the replica is drained, on every orderly way out of a running replica.
+        self._watch.cancel()
         await self._engine.close()
         self._calls.close()
+
+    async def _leave_when_failed(self) -> None:
+        """End this process once the engine has failed and its calls were told. Serve replaces a replica that is gone at
+        once, and one that is unwell after three health checks. Ranks that are left go with their owner.
+        """
+        while True:
+            await asyncio.sleep(ENGINE_CHECK_S)
+            try:
+                self._engine.check()
+            except ExecutorError as error:
+                log.error("the replica ends: %s", error)
+                break
+        await asyncio.wait([asyncio.create_task(self._engine.close())], timeout=CLOSE_TIMEOUT_S)
+        await asyncio.sleep(LAST_WORDS_S)
+        os._exit(1)
+
+
+def _engine_factory(model: ModelSettings, rank_resources: Resources) -> EngineFactory:
+    """Raises ConfigError."""
+    options = model.options(locate_model(model.model))
+    if options.num_ranks == 1:
+        return local_engine(options)
+    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources))

@@ -20,6 +20,7 @@ class VocabParallelEmbedding:
         self.weight = weight  # [rows of this rank, hidden]
         self._start = start
         self._vocab_size = vocab_size
+        self.num_tokens = max(0, min(len(weight), vocab_size - start))  # rows that do not pad the vocabulary
         self._all_reduce = collectives.all_reduce
 
     @classmethod
@@ -46,40 +47,51 @@ class VocabParallelEmbedding:
 
 
 class ParallelLMHead:
-    """Hidden states to logits: each rank computes its rows of the vocabulary, and all gather them."""
+    """Hidden states to logits. Each rank computes those of its rows of the vocabulary, and keeps them."""
 
-    def __init__(self, linear: Linear, vocab_size: int, collectives: Collectives, weight_bytes: int) -> None:
+    def __init__(self, linear: Linear, num_tokens: int, softcap: float | None, weight_bytes: int) -> None:
+        """`num_tokens`: leading rows that do not pad the vocabulary."""
         self.weight_bytes = weight_bytes
         self._linear = linear
-        self._vocab_size = vocab_size
-        self._all_gather = collectives.all_gather
+        self._num_tokens = num_tokens
+        self._softcap = softcap
 
     @classmethod
     def load(
-        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int,
-        ops: Operations, topology: Topology, collectives: Collectives,
+        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int, softcap: float | None,
+        ops: Operations, topology: Topology,
     ) -> ParallelLMHead:  # fmt: skip
         linear = Linear(_read_vocab_rows(reader, name, vocab_size, hidden_size, topology), None, ops)
-        return cls(linear, vocab_size, collectives, linear.weight_bytes)
+        return cls(linear, len(_own_tokens(vocab_size, topology)), softcap, linear.weight_bytes)
 
     @classmethod
-    def tied(
-        cls, embedding: VocabParallelEmbedding, *, vocab_size: int, ops: Operations, collectives: Collectives
-    ) -> ParallelLMHead:
+    def tied(cls, embedding: VocabParallelEmbedding, *, softcap: float | None, ops: Operations) -> ParallelLMHead:
         """A head that is the embedding table: shared memory, or a packed copy where the device wants one."""
         linear = Linear(embedding.weight, None, ops)
-        return cls(linear, vocab_size, collectives, 0 if linear.is_plain else linear.weight_bytes)
+        return cls(linear, embedding.num_tokens, softcap, 0 if linear.is_plain else linear.weight_bytes)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> logits [rows, vocab] float32 on every rank."""
-        return self._all_gather(self._linear(hidden, out_dtype=torch.float32))[:, : self._vocab_size]
+        """hidden [rows, hidden] -> logits [rows, ceil(vocab / ranks)] float32 of this rank's part of the vocabulary.
+
+        -inf where the part pads the vocabulary.
+        """
+        logits = self._linear(hidden, out_dtype=torch.float32)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        logits[:, self._num_tokens :] = -torch.inf
+        return logits
+
+
+def _own_tokens(vocab_size: int, topology: Topology) -> range:
+    """The token ids of this rank's rows, without those that pad the vocabulary."""
+    rows = topology.vocab_shard(vocab_size)
+    return range(min(rows.start, vocab_size), min(rows.stop, vocab_size))
 
 
 def _read_vocab_rows(reader: WeightReader, name: str, vocab_size: int, hidden_size: int, topology: Topology) -> Tensor:
     """This rank's rows [ceil(vocab / ranks), hidden], zero where they pad the vocabulary."""
-    padded = topology.vocab_shard(vocab_size)
-    rows = range(min(padded.start, vocab_size), min(padded.stop, vocab_size))
-    weight = reader.empty(len(padded), hidden_size)
+    rows = _own_tokens(vocab_size, topology)
+    weight = reader.empty(len(topology.vocab_shard(vocab_size)), hidden_size)
     reader.read_into(weight[: len(rows)], name, rows=rows)
     weight[len(rows) :].zero_()
     return weight

@@ -22,11 +22,12 @@ class KVLayout:
     element_bytes: int
 
     @classmethod
-    def of(cls, config: EngineConfig, num_layers: int | None = None) -> KVLayout:
-        """For all layers of the model, or `num_layers` of them."""
+    def of(cls, config: EngineConfig, num_layers: int | None = None, num_kv_heads: int | None = None) -> KVLayout:
+        """For the whole model, or for a rank that has `num_layers` of its layers and `num_kv_heads` of its KV heads."""
         model = config.model
         layers = model.num_layers if num_layers is None else num_layers
-        return cls(layers, model.num_kv_heads, model.head_dim, config.block_size, config.dtype_bytes)
+        kv_heads = model.num_kv_heads if num_kv_heads is None else num_kv_heads
+        return cls(layers, kv_heads, model.head_dim, config.block_size, config.dtype_bytes)
 
     @property
     def bytes_per_token(self) -> int:

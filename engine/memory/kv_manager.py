@@ -58,6 +58,11 @@ class KVManager:
         return self._pool.num_free
 
     @property
+    def num_deferred_blocks(self) -> int:
+        """Blocks that are given back once a step in flight is over; some may stay with others who share them."""
+        return sum(len(blocks) for _, blocks in self._deferred)
+
+    @property
     def num_cached_blocks(self) -> int:
         return len(self._cache)
 

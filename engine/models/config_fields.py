@@ -18,7 +18,7 @@ from shoal.engine.layers.rotary_spec import (
     RotarySpec,
     YarnScaling,
 )
-from shoal.engine.models.spec import Activation
+from shoal.engine.models.spec import Activation, MoESpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -47,6 +47,19 @@ def activation(hf: Mapping[str, Any], name: str = "hidden_act", default: str = "
     if value not in _ACTIVATIONS:
         raise ConfigError(f"{name} {value!r} is not supported: {', '.join(sorted(_ACTIVATIONS))} are")
     return _ACTIVATIONS[value]
+
+
+def moe(hf: Mapping[str, Any], *, intermediate_size: str, is_renormalized: bool) -> MoESpec:
+    """The experts of a layer; `intermediate_size` is the field with the size of each. Raises ConfigError."""
+    # transformers 5 writes num_local_experts for all families; before, it was num_experts in Qwen's.
+    num_experts = count(hf, "num_local_experts" if "num_local_experts" in hf else "num_experts")
+    experts_per_token = count(hf, "num_experts_per_tok")
+    if experts_per_token > num_experts:
+        raise ConfigError(
+            f"config.json has num_experts_per_tok = {experts_per_token} of {num_experts} experts: download the "
+            "checkpoint's own config.json again"
+        )
+    return MoESpec(num_experts, experts_per_token, count(hf, intermediate_size), is_renormalized, activation(hf))
 
 
 def layer_types(hf: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:

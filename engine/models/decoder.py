@@ -15,6 +15,7 @@ from shoal.engine.layers.attention import Attention, AttentionBatch
 from shoal.engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from shoal.engine.layers.linear import QKVParallelLinear, RowParallelLinear
 from shoal.engine.layers.mlp import GatedMLP
+from shoal.engine.layers.moe import MoE
 from shoal.engine.layers.norm import RMSNorm
 from shoal.engine.parallel.topology import HeadShard
 from shoal.kernels.dispatch import Operations
@@ -69,7 +70,7 @@ class DecoderLayer:
         attention: SelfAttention,
         attention_post_norm: RMSNorm | None,
         mlp_norm: RMSNorm,
-        mlp: GatedMLP,
+        mlp: GatedMLP | MoE,
         mlp_post_norm: RMSNorm | None,
     ) -> None:
         parts = (attention_norm, attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm)
@@ -106,7 +107,6 @@ class Decoder:
         final_norm: RMSNorm | None,
         head: ParallelLMHead | None,
         embedding_scale: float | None,
-        final_softcap: float | None,
     ) -> None:
         self.layer_range = layer_range
         parts = (*layers, embedding, final_norm, head)
@@ -116,7 +116,6 @@ class Decoder:
         self._final_norm = final_norm
         self._head = head
         self._embedding_scale = embedding_scale
-        self._final_softcap = final_softcap
 
     def forward(
         self,
@@ -134,13 +133,10 @@ class Decoder:
         return residual if delta is None else residual.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] of the last stage -> [rows, vocab]."""
+        """As Model.logits: [rows, columns of this rank] float32."""
         assert self._final_norm is not None, "logits belong to the last stage"
         assert self._head is not None, "logits belong to the last stage"
-        logits = self._head(self._final_norm(hidden))
-        if self._final_softcap is None:
-            return logits
-        return torch.tanh(logits / self._final_softcap) * self._final_softcap
+        return self._head(self._final_norm(hidden))
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "later stages take hidden states"

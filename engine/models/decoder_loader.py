@@ -9,11 +9,12 @@ from shoal.engine.layers.attention import Attention
 from shoal.engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from shoal.engine.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from shoal.engine.layers.mlp import GatedMLP
+from shoal.engine.layers.moe import MoE, ParallelExperts, Router
 from shoal.engine.layers.norm import RMSNorm
 from shoal.engine.layers.rotary import rotary_table
 from shoal.engine.layers.weight_reader import WeightReader
 from shoal.engine.models.decoder import Decoder, DecoderLayer, SelfAttention
-from shoal.engine.models.spec import DecoderSpec, LayerNames
+from shoal.engine.models.spec import DecoderSpec, GatedMLPSpec, LayerNames, MoESpec
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import Topology
 from shoal.kernels.dispatch import Operations
@@ -59,7 +60,6 @@ class DecoderLoader:
             final_norm=self._norm(self._spec.names.final_norm) if is_last else None,
             head=self._head(embedding) if is_last else None,
             embedding_scale=self._spec.embedding_scale,
-            final_softcap=self._spec.final_softcap,
         )
 
     def _embedding(self) -> VocabParallelEmbedding:
@@ -73,18 +73,17 @@ class DecoderLoader:
         )
 
     def _head(self, embedding: VocabParallelEmbedding | None) -> ParallelLMHead:
-        vocab_size = self._config.vocab_size
+        names, softcap = self._spec.names, self._spec.final_softcap
         if self._spec.is_tied and embedding is not None:
-            return ParallelLMHead.tied(embedding, vocab_size=vocab_size, ops=self._ops, collectives=self._collectives)
-        names = self._spec.names
+            return ParallelLMHead.tied(embedding, softcap=softcap, ops=self._ops)
         return ParallelLMHead.load(
             self._reader,
             names.embedding if self._spec.is_tied else names.head,
-            vocab_size=vocab_size,
+            vocab_size=self._config.vocab_size,
             hidden_size=self._config.hidden_size,
+            softcap=softcap,
             ops=self._ops,
             topology=self._topology,
-            collectives=self._collectives,
         )
 
     def _layer(self, layer: int) -> DecoderLayer:
@@ -96,7 +95,7 @@ class DecoderLoader:
             attention=self._attention(layer, names),
             attention_post_norm=attention_post_norm,
             mlp_norm=self._norm(names.mlp_norm),
-            mlp=self._mlp(names),
+            mlp=self._mlp(layer, names),
             mlp_post_norm=mlp_post_norm,
         )
 
@@ -138,8 +137,11 @@ class DecoderLoader:
             ops=self._ops,
         )
 
-    def _mlp(self, names: LayerNames) -> GatedMLP:
-        mlp = self._spec.mlp
+    def _mlp(self, layer: int, names: LayerNames) -> GatedMLP | MoE:
+        mlp = self._spec.mlp[layer]
+        return self._gated_mlp(mlp, names) if isinstance(mlp, GatedMLPSpec) else self._moe(mlp, names)
+
+    def _gated_mlp(self, mlp: GatedMLPSpec, names: LayerNames) -> GatedMLP:
         gate_up = MergedColumnParallelLinear.load(
             self._reader,
             (names.gate, names.up),
@@ -160,6 +162,28 @@ class DecoderLoader:
             collectives=self._collectives,
         )
         return GatedMLP(gate_up, down, mlp.activation, self._ops)
+
+    def _moe(self, mlp: MoESpec, names: LayerNames) -> MoE:
+        router = Router.load(
+            self._reader,
+            names.router,
+            hidden_size=self._config.hidden_size,
+            num_experts=mlp.num_experts,
+            experts_per_token=mlp.experts_per_token,
+            is_renormalized=mlp.is_renormalized,
+            ops=self._ops,
+        )
+        experts = ParallelExperts.load(
+            self._reader,
+            [names.of_expert(expert) for expert in range(mlp.num_experts)],
+            hidden_size=self._config.hidden_size,
+            inner_size=mlp.intermediate_size,
+            activation=mlp.activation,
+            ops=self._ops,
+            topology=self._topology,
+            collectives=self._collectives,
+        )
+        return MoE(router, experts)
 
     def _norm(self, name: str, size: int | None = None) -> RMSNorm:
         return RMSNorm.load(

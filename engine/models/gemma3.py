@@ -19,8 +19,9 @@ def _layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
 def _spec(config: ModelConfig) -> DecoderSpec:
     hf = config.hf_config
     by_type = {FULL: rotary(config, theta=1_000_000.0, layer_type=FULL), SLIDING: _local_rotary(config)}
+    mlp = GatedMLPSpec(count(hf, "intermediate_size"), activation(hf, "hidden_activation", "gelu_pytorch_tanh"))
     return DecoderSpec(
-        mlp=GatedMLPSpec(count(hf, "intermediate_size"), activation(hf, "hidden_activation", "gelu_pytorch_tanh")),
+        mlp=(mlp,) * config.num_layers,
         rotary=tuple(by_type[kind] for kind in _layer_types(hf)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,

@@ -16,15 +16,21 @@ ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",  # Mistral and SmolLM2 too
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
+_WITH_EXPERTS: Mapping[str, str] = {"llama": "MixtralForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
 _FIELDS: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_norm": "norm_topk_prob",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
@@ -46,7 +52,7 @@ _GEMMA_27B_LAYERS: Mapping[str, int] = {"gemma2": 46, "gemma3": 62}
 def hugging_face_fields(file: GgufFile) -> tuple[str, Mapping[str, Any]]:
     """The architecture's Hugging Face name and config.json's fields.
 
-    Raises ConfigError for an architecture that has no family here, for experts, and for missing metadata.
+    Raises ConfigError for an architecture that has no family here, with experts too, and for missing metadata.
     """
     kind = str(file.metadata.get("general.architecture"))
     if kind not in ARCHITECTURES:
@@ -59,8 +65,12 @@ def hugging_face_fields(file: GgufFile) -> tuple[str, Mapping[str, Any]]:
     lost += [name for name in ("token_embd.weight", "blk.0.attn_q.weight") if name not in file.tensors]
     if lost:
         raise ConfigError(f"{file.path} lacks {', '.join(lost)}: convert the model to GGUF again")
-    if metadata.get("expert_count"):
-        raise ConfigError(f"{file.path} is a mixture of {metadata['expert_count']} experts: dense models are served")
+    has_experts = bool(metadata.get("expert_count"))
+    if has_experts and kind not in _WITH_EXPERTS:
+        raise ConfigError(
+            f"{file.path} is a mixture of experts of architecture {kind!r}: with experts, {', '.join(_WITH_EXPERTS)} "
+            "can be served"
+        )
     varying = [key for key in _FIELDS if isinstance(metadata.get(key), list)]
     if varying:
         raise ConfigError(f"{file.path} varies {kind}.{varying[0]} over its layers, which is not supported")
@@ -77,6 +87,9 @@ def hugging_face_fields(file: GgufFile) -> tuple[str, Mapping[str, Any]]:
         head_dim = fields.setdefault("head_dim", 256)
         is_27b = fields["num_hidden_layers"] == _GEMMA_27B_LAYERS[kind]
         fields["query_pre_attn_scalar"] = fields["hidden_size"] / fields["num_attention_heads"] if is_27b else head_dim
+    if has_experts:
+        fields.setdefault("norm_topk_prob", True)  # as llama.cpp computes them
+        return _WITH_EXPERTS[kind], fields
     is_mistral = kind == "llama" and "sliding_window" in fields
     return "MistralForCausalLM" if is_mistral else ARCHITECTURES[kind], fields
 

@@ -16,8 +16,9 @@ def _layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 def _spec(config: ModelConfig) -> DecoderSpec:
     hf = config.hf_config
+    mlp = GatedMLPSpec(count(hf, "intermediate_size"), activation(hf), has_bias=hf.get("mlp_bias", False))
     return DecoderSpec(
-        mlp=GatedMLPSpec(count(hf, "intermediate_size"), activation(hf), has_bias=hf.get("mlp_bias", False)),
+        mlp=(mlp,) * config.num_layers,
         rotary=(rotary(config),) * config.num_layers,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         query_scale=config.head_dim**-0.5,

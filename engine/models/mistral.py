@@ -10,14 +10,15 @@ from shoal.engine.models.config_fields import activation, count, rotary
 from shoal.engine.models.spec import DecoderSpec, Family, GatedMLPSpec
 
 
-def _layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     return (hf.get("sliding_window"),) * count(hf, "num_hidden_layers")
 
 
 def _spec(config: ModelConfig) -> DecoderSpec:
     hf = config.hf_config
+    mlp = GatedMLPSpec(count(hf, "intermediate_size"), activation(hf))
     return DecoderSpec(
-        mlp=GatedMLPSpec(count(hf, "intermediate_size"), activation(hf)),
+        mlp=(mlp,) * config.num_layers,
         rotary=(rotary(config),) * config.num_layers,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         query_scale=config.head_dim**-0.5,
@@ -25,4 +26,4 @@ def _spec(config: ModelConfig) -> DecoderSpec:
     )
 
 
-FAMILY = Family(_layer_windows, _spec)
+FAMILY = Family(layer_windows, _spec)

@@ -41,5 +41,9 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] of the last stage -> [rows, vocab], soft-capped where the family does that."""
+        """hidden [rows, hidden] of the last stage -> [rows, columns] float32, soft-capped where the family does that.
+
+        The columns are this rank's part of the vocabulary, Topology.vocab_shard; -inf where it is padded. The caller
+        may write over them.
+        """
         ...

@@ -10,8 +10,9 @@ from shoal.engine.models.spec import DecoderSpec, Family, GatedMLPSpec
 
 def _spec(config: ModelConfig) -> DecoderSpec:
     hf = config.hf_config
+    mlp = GatedMLPSpec(count(hf, "intermediate_size"), activation(hf))
     return DecoderSpec(
-        mlp=GatedMLPSpec(count(hf, "intermediate_size"), activation(hf)),
+        mlp=(mlp,) * config.num_layers,
         rotary=(rotary(config),) * config.num_layers,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         query_scale=config.head_dim**-0.5,

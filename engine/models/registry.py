@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.engine.config import ConfigError, EngineConfig, ModelConfig
-from shoal.engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3, smollm3
+from shoal.engine.models import gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3
 from shoal.engine.models.checkpoint import Checkpoint, read_checkpoint
 from shoal.engine.models.config_fields import count
 from shoal.engine.models.model import Model
@@ -26,8 +26,10 @@ __all__ = ["FAMILIES", "Model", "load_model", "read_model_config"]
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
+    "MixtralForCausalLM": mixtral.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
     "SmolLM3ForCausalLM": smollm3.FAMILY,
     "Gemma2ForCausalLM": gemma2.FAMILY,
     "Gemma3ForCausalLM": gemma3.FAMILY,

@@ -33,6 +33,17 @@ class LayerNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate: str = "mlp.experts.{expert}.gate_proj"
+    expert_up: str = "mlp.experts.{expert}.up_proj"
+    expert_down: str = "mlp.experts.{expert}.down_proj"
+
+    def of_expert(self, expert: int) -> tuple[str, str, str]:
+        """Gate, up and down of one expert."""
+        gate, up, down = (
+            name.replace("{expert}", str(expert)) for name in (self.expert_gate, self.expert_up, self.expert_down)
+        )
+        return gate, up, down
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +71,21 @@ class GatedMLPSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MoESpec:
+    """A mixture of gated feed-forward layers without biases, of which a router chooses some for each token."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of each expert
+    is_renormalized: bool  # a token's experts share a weight of 1; otherwise what the router gives them
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """One decoder, less the counts and windows in ModelConfig."""
 
-    mlp: GatedMLPSpec
+    mlp: tuple[GatedMLPSpec | MoESpec, ...]  # per layer
     rotary: tuple[RotarySpec | None, ...]  # per layer; None: no position embedding (NoPE)
     norm_eps: float
     query_scale: float  # attention scores are query_scale * q.k

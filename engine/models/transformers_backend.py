@@ -113,9 +113,9 @@ class TransformersModel:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> [rows, vocab]."""
+        """hidden [rows, hidden] -> [rows, vocab] float32."""
         logits: Tensor = self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
-        return logits
+        return logits.float()
 
 
 def load_transformers_model(
@@ -170,7 +170,7 @@ def _check_trial(config: EngineConfig, model: TransformersModel, ids: Tensor, ex
         found = _trial_logits(config, model, ids)
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{refusal} fails ({type(error).__name__}: {error})") from error
-    difference = (found.float() - expected.float()).abs().max().item()
+    difference = (found - expected.float()).abs().max().item()
     span = (expected.float().max() - expected.float().min()).item()
     if not difference <= _TRIAL_TOLERANCE[expected.dtype] * span:  # NaN too
         raise ConfigError(f"{refusal} gives logits that are off by {difference:.3g}, where their range is {span:.3g}")

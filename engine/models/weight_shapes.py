@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from shoal.engine.config import ConfigError, ModelConfig
-from shoal.engine.models.spec import DecoderSpec
+from shoal.engine.models.spec import DecoderSpec, GatedMLPSpec, LayerNames, MoESpec
 from shoal.engine.models.weights.stored import StoredTensor
 from shoal.engine.parallel.topology import SINGLE, Topology
 
@@ -32,17 +32,15 @@ def expected_shapes(config: ModelConfig, spec: DecoderSpec, topology: Topology =
 def layer_shapes(config: ModelConfig, spec: DecoderSpec, layer: int) -> Shapes:
     """The tensors of one layer."""
     names = spec.names.of_layer(layer)
-    hidden, inner = config.hidden_size, spec.mlp.intermediate_size
+    hidden = config.hidden_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = (
+    linears = [
         (names.q, q_size, hidden, spec.has_qkv_bias),
         (names.k, kv_size, hidden, spec.has_qkv_bias),
         (names.v, kv_size, hidden, spec.has_qkv_bias),
         (names.o, hidden, q_size, spec.has_output_bias),
-        (names.gate, inner, hidden, spec.mlp.has_bias),
-        (names.up, inner, hidden, spec.mlp.has_bias),
-        (names.down, hidden, inner, spec.mlp.has_bias),
-    )
+        *_mlp_linears(names, spec.mlp[layer], hidden),
+    ]
     norms = [names.attention_norm, names.attention_post_norm, names.mlp_norm, names.mlp_post_norm]
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in norms if name is not None}
     if spec.has_qk_norm:
@@ -52,6 +50,21 @@ def layer_shapes(config: ModelConfig, spec: DecoderSpec, layer: int) -> Shapes:
         if has_bias:
             shapes[f"{name}.bias"] = (size_out,)
     return shapes
+
+
+def _mlp_linears(names: LayerNames, mlp: GatedMLPSpec | MoESpec, hidden: int) -> Iterator[tuple[str, int, int, bool]]:
+    """Name, outputs, inputs, has_bias of each matrix."""
+    inner = mlp.intermediate_size
+    match mlp:
+        case GatedMLPSpec():
+            parts, has_bias = [(names.gate, names.up, names.down)], mlp.has_bias
+        case MoESpec():
+            parts, has_bias = [names.of_expert(expert) for expert in range(mlp.num_experts)], False
+            yield names.router, mlp.num_experts, hidden, False
+    for gate, up, down in parts:
+        yield gate, inner, hidden, has_bias
+        yield up, inner, hidden, has_bias
+        yield down, hidden, inner, has_bias
 
 
 def check_stored(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shoal.engine.config import ConfigError
+from shoal.engine.config import ConfigError, EngineConfig, EngineOptions
 
 
 class HeadShard(NamedTuple):
@@ -27,6 +27,18 @@ class Topology:
     tensor_size: int
     stage: int
     num_stages: int
+    stage_layers: tuple[int, ...] | None = None  # layers of each stage; None: dealt evenly
+
+    @classmethod
+    def of_rank(cls, rank: int, config: EngineOptions | EngineConfig) -> Topology:
+        """Of the `rank`-th rank of a group: stage by stage, tensor ranks side by side."""
+        stage, tensor_rank = divmod(rank, config.tensor_parallel)
+        return cls(tensor_rank, config.tensor_parallel, stage, config.pipeline_parallel, config.stage_layers)
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank within its group."""
+        return self.stage * self.tensor_size + self.tensor_rank
 
     def __post_init__(self) -> None:
         assert 0 <= self.tensor_rank < self.tensor_size, self
@@ -46,18 +58,26 @@ class Topology:
             raise ConfigError(
                 f"{self.num_stages} pipeline stages are more than the model's {num_layers} layers: "
                 f"use at most {num_layers} stages",
-                field="pipeline_parallel_size",
+                field="pipeline_parallel",
             )
+        if self.stage_layers is not None:
+            start = sum(self.stage_layers[: self.stage])
+            return range(start, start + self.stage_layers[self.stage])
         return _share(num_layers, self.stage, self.num_stages)
 
     def shard(self, size: int) -> range:
-        """This rank's share of `size` features. Raises ConfigError if a rank would have none."""
+        """This rank's share of `size` features, in pairs where `size` is even: 16-bit dot products take two at a time.
+
+        Raises ConfigError if a rank would have none.
+        """
         if self.tensor_size > size:
             raise ConfigError(
                 f"{self.tensor_size} tensor ranks cannot share {size} features: use at most {size}",
-                field="tensor_parallel_size",
+                field="tensor_parallel",
             )
-        return _share(size, self.tensor_rank, self.tensor_size)
+        unit = 2 if size % 2 == 0 and size >= 2 * self.tensor_size else 1
+        units = _share(size // unit, self.tensor_rank, self.tensor_size)
+        return range(units.start * unit, units.stop * unit)
 
     def vocab_shard(self, vocab_size: int) -> range:
         """This rank's rows of a vocabulary padded to equal shares; may end past `vocab_size`."""
@@ -78,7 +98,7 @@ class Topology:
             raise ConfigError(
                 f"{self.tensor_size} tensor ranks cannot share {num_heads} heads with {num_kv_heads} KV heads: use at "
                 f"most {num_kv_heads}, or a multiple of {num_kv_heads} up to {num_heads}",
-                field="tensor_parallel_size",
+                field="tensor_parallel",
             )
         replicas = self.tensor_size // num_kv_heads  # ranks that keep the same KV head
         kv_head = self.tensor_rank // replicas

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan
 from shoal.engine.request import BlockId, RequestId, SamplingParams
-from shoal.engine.sampling.sampler import SampleBatch
+from shoal.engine.sampling.batch import SampleBatch
 
 Ints = npt.NDArray[np.int64]
+_NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class StepBatch:
     max_query_len: int
     sampled: Ints  # [samples] indices into `requests` of those that reach their last known token
     sampled_tokens: Ints  # [samples] indices into `tokens` of those last tokens
+    pending: Ints  # [pending] indices into `tokens` of those that the coordinator did not know: input_ids is 0 there
+    pending_rows: Ints  # [pending] the rows whose last sampled tokens they are
+    last_pending_step: int  # the last step that sampled one of them
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class Rows:
         self._block_tables = np.zeros((max_requests, max_blocks), np.int32)
         self._num_known = np.zeros(max_requests, np.int64)
         self._num_blocks = np.zeros(max_requests, np.int64)
+        self._last_sampled = np.zeros(max_requests, np.int64)  # the step that last sampled a token in each row
         self._temperature = np.zeros(max_requests, np.float32)
         self._top_k = np.zeros(max_requests, np.int32)
         self._top_p = np.ones(max_requests, np.float32)
@@ -96,8 +101,13 @@ class Rows:
 
     def gather(self, plan: StepPlan) -> StepBatch:
         """Bring the rows up to date with a plan (whose new requests were added) and flatten it."""
+        is_pending = False
         for request in plan.continued:
-            self._append(self._rows[request.request_id].index, request.new_token_ids, request.new_block_ids)
+            index = self._rows[request.request_id].index
+            self._append(index, request.new_token_ids, request.new_block_ids)
+            if request.num_pending:
+                is_pending = True
+                self._append(index, (0,) * request.num_pending, ())
         entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
         ids = tuple(entry.request_id for entry in entries)
         count = len(entries)
@@ -117,6 +127,12 @@ class Rows:
         size = self._block_size
         slots = self._block_tables[owners, positions // size].astype(np.int64) * size + positions % size
         sampled = np.flatnonzero(ends == self._num_known[rows])
+        pending = _NONE
+        if is_pending:
+            first = len(plan.new)
+            pending = first + np.flatnonzero([entry.num_pending for entry in plan.continued])
+        last_pending_step = int(self._last_sampled[rows[pending]].max()) if is_pending else 0
+        self._last_sampled[rows[sampled]] = plan.step
         return StepBatch(
             request_ids=ids,
             rows=rows,
@@ -129,6 +145,9 @@ class Rows:
             max_query_len=max_query_len,
             sampled=sampled,
             sampled_tokens=query_starts[1:][sampled].astype(np.int64) - 1,
+            pending=query_starts[1:][pending].astype(np.int64) - 1,
+            pending_rows=rows[pending],
+            last_pending_step=last_pending_step,
         )
 
     def sample_batch(self, batch: StepBatch) -> SampleBatch:

@@ -1,6 +1,9 @@
-"""One rank's share of a step: rows up to date, tokens through the model, samples out."""
+"""One rank's share of a step: rows up to date, tokens through its layers, samples out."""
 
 from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,16 +12,33 @@ from torch import Tensor
 from shoal.engine.config import EngineConfig
 from shoal.engine.layers.attention import AttentionBatch
 from shoal.engine.models.registry import Model
+from shoal.engine.parallel.collectives import Collectives
+from shoal.engine.parallel.pipeline import StageLinks
+from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
-from shoal.engine.runner.batch import Rows, StepBatch
+from shoal.engine.runner.batch import Ints, Rows, StepBatch
 from shoal.engine.runner.kv_store import KVStore
-from shoal.engine.sampling.sampler import Sampler
+from shoal.engine.sampling.sampler import Sampler, Samples
 from shoal.kernels.dispatch import Operations
 
 
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that was launched. `wait` gives its result; it has tokens on the last stage only."""
+
+    step: int
+    samples: Samples | None = None
+
+    def wait(self) -> StepResult:
+        if self.samples is None:
+            return StepResult(self.step)
+        token_ids, logprobs = self.samples.wait()
+        return StepResult(self.step, token_ids, logprobs)
+
+
 class ModelRunner:
-    """Holds the rows, the KV store and the sampler of one rank. `execute` is one step."""
+    """Holds the rows, the KV store and the sampler of one rank. `launch` is one step."""
 
     def __init__(
         self,
@@ -26,37 +46,45 @@ class ModelRunner:
         max_model_len: int,
         model: Model,
         kv: KVStore,
+        *,
         ops: Operations,
-        device: torch.device,
+        topology: Topology,
+        collectives: Collectives,
+        links: StageLinks,
     ) -> None:
         self._model = model
         self._kv = kv
         self._ops = ops
-        self._device = device
+        self._topology = topology
+        self._links = links
+        self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
-        self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size)
+        self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
+        # The token that was sampled last in each row: the next step may want it before the coordinator knows it.
+        self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
+        self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
+        self._max_steps_in_flight = config.max_steps_in_flight
+        self._awaited: deque[tuple[int, Ints]] = deque()  # steps whose tokens come from the last stage, and their rows
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Carry out a plan. Where the device works by itself, this returns when all is queued."""
         self._forget(plan.finished)
         if plan.copies:
             self._copy_blocks(plan)
+        is_last = self._topology.is_last_stage
         for new in plan.new:
             self._rows.add(new)
-            self._sampler.add(new.request_id, new.params, new.token_ids, new.num_prompt_tokens, self._device)
+            if is_last:
+                self._sampler.add(new.request_id, new.params, new.token_ids, new.num_prompt_tokens, self._device)
         batch = self._rows.gather(plan)
+        # What is no longer in flight has left the last stage, so this never waits; it must be taken, wanted or not.
+        self._receive_tokens(plan.step - self._max_steps_in_flight)
         hidden = self._forward(batch)
-        if len(batch.sampled) == 0:
-            return StepResult(plan.step)
-        last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
-        logits = self._model.logits(last)  # [samples, vocab]
-        samples = self._rows.sample_batch(batch)
-        tokens, logprobs = self._sampler.sample(logits, samples)
-        return StepResult(
-            plan.step,
-            {request_id: (token,) for request_id, token in zip(samples.request_ids, tokens, strict=True)},
-            {request_id: (logprob,) for request_id, logprob in logprobs.items()},
-        )
+        samples = self._sample(batch, hidden) if is_last and len(batch.sampled) else None
+        if self._feeds_tokens and self._topology.is_first_stage and len(batch.sampled):
+            self._awaited.append((plan.step, batch.rows[batch.sampled]))
+        return PendingStep(plan.step, samples)
 
     def _forward(self, batch: StepBatch) -> Tensor:
         attention = AttentionBatch(
@@ -66,9 +94,35 @@ class ModelRunner:
             context_lens=self._tensor(batch.context_lens),
             max_query_len=batch.max_query_len,
         )
-        return self._model.forward(
-            self._tensor(batch.input_ids), self._tensor(batch.positions), attention, self._kv.layers
+        hidden = self._links.receive_hidden(len(batch.input_ids))  # [tokens, hidden]
+        hidden = self._model.forward(
+            self._input_ids(batch), self._tensor(batch.positions), attention, self._kv.layers, hidden
         )
+        self._links.send_hidden(hidden)
+        return hidden
+
+    def _input_ids(self, batch: StepBatch) -> Tensor:
+        """[tokens] int64, sampled tokens that the coordinator does not know yet put in."""
+        input_ids = self._tensor(batch.input_ids)
+        if len(batch.pending) and self._topology.is_first_stage:
+            self._receive_tokens(batch.last_pending_step)
+            input_ids[self._tensor(batch.pending)] = self._sampled[self._tensor(batch.pending_rows)]
+        return input_ids
+
+    def _receive_tokens(self, last_step: int) -> None:
+        """From the last stage, those of steps up to `last_step`."""
+        while self._awaited and self._awaited[0][0] <= last_step:
+            _, rows = self._awaited.popleft()
+            self._sampled[self._tensor(rows)] = self._links.receive_tokens(len(rows))
+
+    def _sample(self, batch: StepBatch, hidden: Tensor) -> Samples:
+        last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
+        logits = self._model.logits(last)  # [samples, columns of this rank]
+        samples = self._sampler.sample(logits, self._rows.sample_batch(batch))
+        self._sampled[self._tensor(batch.rows[batch.sampled])] = samples.tokens
+        if self._feeds_tokens:
+            self._links.send_tokens(samples.tokens)
+        return samples
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

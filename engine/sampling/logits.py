@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,63 +14,77 @@ from shoal.engine.request import SamplingParams
 
 @dataclass(slots=True)
 class TokenCounts:
-    """What the penalties need to know of a request's tokens."""
+    """What the penalties need to know of a request's tokens. Columns are the rank's part of the vocabulary."""
 
-    in_prompt: Tensor  # [vocab] bool
-    in_output: Tensor  # [vocab] float32 counts
+    start: int  # the token id of the first column
+    in_prompt: Tensor  # [columns] bool
+    in_output: Tensor  # [columns] float32 counts
 
     @classmethod
-    def of(cls, token_ids: Tensor, num_prompt_tokens: int, vocab_size: int) -> TokenCounts:
-        """token_ids: [known tokens] int64."""
-        device = token_ids.device
-        in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        in_prompt[token_ids[:num_prompt_tokens]] = True
-        counts = torch.bincount(token_ids[num_prompt_tokens:], minlength=vocab_size).to(torch.float32)
-        return cls(in_prompt, counts)
+    def of(cls, token_ids: Sequence[int], num_prompt: int, vocab: range, device: torch.device) -> TokenCounts:
+        """Of known tokens, the first `num_prompt` of which are the prompt."""
+        columns = np.asarray(token_ids, np.int64) - vocab.start  # [known tokens]
+        is_here = (columns >= 0) & (columns < len(vocab))
+        in_prompt = np.zeros(len(vocab), np.bool_)
+        in_prompt[columns[:num_prompt][is_here[:num_prompt]]] = True
+        in_output = np.bincount(columns[num_prompt:][is_here[num_prompt:]], minlength=len(vocab)).astype(np.float32)
+        return cls(vocab.start, torch.from_numpy(in_prompt).to(device), torch.from_numpy(in_output).to(device))
 
-    def add(self, token: int) -> None:
-        self.in_output[token] += 1
+    def add(self, token: Tensor) -> None:
+        """token [1] int64, on the device of the counts, which is not waited for."""
+        column = token - self.start
+        last = len(self.in_output) - 1
+        nearest = column.clamp(0, last)
+        self.in_output.index_add_(0, nearest, (nearest == column).to(torch.float32))
 
 
 class LogitsProcessor:
-    """Bias, penalties and the tokens banned until min_tokens, for one request. Made only for requests that need it."""
+    """Bias, penalties and the tokens banned until min_tokens, for one request. Made only for requests that need it.
+
+    It sees the part `vocab` of the vocabulary, which may end past it.
+    """
 
     def __init__(
         self,
         params: SamplingParams,
         eos_token_ids: tuple[int, ...],
-        token_ids: Tensor,
+        token_ids: Sequence[int],
         num_prompt: int,
-        vocab: int,
+        vocab: range,
+        device: torch.device,
     ) -> None:
-        """token_ids: [known tokens] int64, with `num_prompt` prompt tokens in front."""
+        """token_ids: known tokens, with `num_prompt` prompt tokens in front. Logits will be on `device`."""
         self._params = params
-        self.counts = TokenCounts.of(token_ids, num_prompt, vocab) if params.has_penalties else None
-        device = token_ids.device
-        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)  # [biased]
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)  # [biased]
+        self._counts = TokenCounts.of(token_ids, num_prompt, vocab, device) if params.has_penalties else None
+        bias = {token - vocab.start: value for token, value in params.logit_bias.items() if token in vocab}
+        self._biased = torch.tensor(list(bias), dtype=torch.int64, device=device)  # [biased] columns
+        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)  # [biased]
         early = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
-        # [banned] tokens that must not come before min_tokens
-        self._early_ids = torch.tensor(sorted(early), dtype=torch.int64, device=device)
+        columns = sorted(token - vocab.start for token in early if token in vocab)
+        self._early = torch.tensor(columns, dtype=torch.int64, device=device)  # [banned] until min_tokens
 
     @staticmethod
     def is_needed(params: SamplingParams) -> bool:
         return bool(params.has_penalties or params.logit_bias or params.min_tokens)
 
     def apply(self, logits: Tensor, num_output: int) -> None:
-        """Change `logits` [vocab] float32 in place; `num_output` tokens have been generated before this one."""
-        params = self._params
-        if self.counts is not None:
-            self._penalise(logits, self.counts)
+        """Change `logits` [columns] float32 in place; `num_output` tokens have been generated before this one."""
+        if self._counts is not None:
+            self._penalise(logits, self._counts)
         if len(self._bias):
-            logits.index_add_(0, self._bias_ids, self._bias)
-        if num_output < params.min_tokens:
-            logits.index_fill_(0, self._early_ids, float("-inf"))
+            logits.index_add_(0, self._biased, self._bias)
+        if num_output < self._params.min_tokens:
+            logits.index_fill_(0, self._early, float("-inf"))
+
+    def count(self, token: Tensor) -> None:
+        """token [1] int64 was drawn."""
+        if self._counts is not None:
+            self._counts.add(token)
 
     def _penalise(self, logits: Tensor, counts: TokenCounts) -> None:
         params = self._params
         if params.repetition_penalty != 1.0:  # CTRL (Keskar et al. 2019, arXiv 1909.05858)
-            seen = counts.in_prompt | (counts.in_output > 0)  # [vocab]
+            seen = counts.in_prompt | (counts.in_output > 0)  # [columns]
             scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
             logits.copy_(torch.where(seen, scaled, logits))
         if params.frequency_penalty:

@@ -3,6 +3,10 @@
 Iteration-level scheduling (Orca, Yu et al. 2022) with stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024,
 arXiv 2403.02310): running requests first, the rest of the budget to prompts. There is no prefill phase and no decode
 phase; chunks, cached prefixes, forks and preemption all come down to where `num_computed` stands.
+
+Steps are planned while earlier ones are in flight. The one thing that a plan cannot know then is a token that is being
+sampled: a request that waits for one is planned again `spacing` steps later at the earliest, with the token left open
+for the ranks to fill in. With as many steps as pipeline stages in between, no stage waits for another.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ class Scheduler:
         max_running_requests: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
+        spacing: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert max_step_tokens >= max_running_requests, "every running request needs a token a step"
@@ -57,6 +62,7 @@ class Scheduler:
         self._max_running = max_running_requests
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._spacing = spacing
         self._clock = clock
         self._running: dict[RequestId, Request] = {}  # in order of admission
         self._forks: dict[RequestId, list[Request]] = {}  # by the request whose prompt they wait for
@@ -123,14 +129,18 @@ class Scheduler:
     # -- plan --------------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
-        """What the next step computes. Running requests first, one-token ones before chunks, then new ones."""
+        """What the next step computes. Running requests first, one-token ones before chunks, then new ones.
+
+        The plan is empty where all that could be computed is in flight already.
+        """
         self._step += 1
         num_preemptions = self.counters.preemptions
-        continued = self._plan_running()
+        most = self._fair_share()
+        continued, num_decoding = self._plan_running(self._step - self._spacing, most)
         num_tokens = sum([entry.num_new for entry in continued.values()])
         # Blocks that a preemption freed are for those who ran short, not for the victim again.
         has_room = self.counters.preemptions == num_preemptions
-        new, copies = self._admit(self._max_step_tokens - num_tokens) if has_room else ([], [])
+        new, copies = self._admit(self._max_step_tokens - num_tokens, most - num_decoding) if has_room else ([], [])
         plan = StepPlan(
             step=self._step,
             new=tuple(new),
@@ -139,43 +149,75 @@ class Scheduler:
             copies=tuple(copies),
             num_tokens=num_tokens + sum([entry.num_new for entry in new]),
         )
-        if not plan.is_empty:
+        if plan.is_empty:
+            self._step -= 1
+        else:
             self._forgotten.clear()
         return plan
 
-    def _plan_running(self) -> dict[RequestId, ContinuedRequest]:
+    def _fair_share(self) -> int:
+        """Requests that one step may decode or admit: dealt over as many steps as there are stages, so that none of
+        them runs dry.
+        """
+        if self._spacing == 1:
+            return self._max_running
+        return -(-min(len(self._running) + len(self._waiting), self._max_running) // self._spacing)
+
+    def _plan_running(self, latest: int, most: int) -> tuple[dict[RequestId, ContinuedRequest], int]:
+        """Entries, and how many of them decode: `most` at most. A request whose token is being sampled by a step after
+        `latest` has to wait for it.
+        """
         entries: dict[RequestId, ContinuedRequest] = {}
         chunked = []
-        budget = self._max_step_tokens
+        num_decoding = 0
         for request in tuple(self._running.values()):
-            if request.num_known - request.num_computed > 1:
+            expected = request.num_expected
+            if expected - request.num_planned > 1:
                 chunked.append(request)
-            elif self._continue(request, 1, entries):
-                budget -= 1
+            elif expected > request.num_known and (request.last_step > latest or expected >= request.max_known):
+                continue  # waits for a token, or for its last one
+            elif num_decoding < most and self._continue(request, 1, entries):
+                num_decoding += 1
+        budget = self._max_step_tokens - num_decoding
         for request in chunked:
             # A preemption may have taken back tokens that were planned: never more than the budget either way.
-            num_new = min(request.num_known - request.num_computed, budget)
+            num_new = min(request.num_expected - request.num_planned, budget)
             if num_new > 0 and self._continue(request, num_new, entries):
                 budget -= num_new
-        return entries
+        return entries, num_decoding
 
     def _continue(self, request: Request, num_new: int, entries: dict[RequestId, ContinuedRequest]) -> bool:
         """Plan `num_new` tokens of a running request, preempting others for blocks if need be."""
-        request_id, start = request.request_id, request.num_computed
+        request_id, start, expected = request.request_id, request.num_planned, request.num_expected
         if request_id not in self._running:
             return False  # preempted for another one just now
         new_blocks: tuple[BlockId, ...] = ()
-        if start + num_new > request.num_slots:
-            while not self._kv.grow(request, start + num_new):
+        end = start + num_new
+        if end > request.num_slots:
+            while not self._kv.grow(request, end):
+                if self._kv.num_deferred_blocks:
+                    return False  # blocks are on their way back: wait for the step that still uses them
                 victim = max(self._running.values(), key=self._waiting.key)
-                entries.pop(victim.request_id, None)
+                if (planned := entries.pop(victim.request_id, None)) is not None:
+                    self._unplan(victim, planned)
                 self._preempt(victim)
                 if victim is request:
                     return False
             new_blocks = self._kv.take_unsent(request_id)
+        known, sent = request.num_known, request.num_sent
+        # The short way is for a request that decodes: 256 calls a step.
+        tokens = (request.output_ids[-1],) if sent + 1 == known else request.known_ids(sent, known)
+        entries[request_id] = _continued((request_id, start, num_new, tokens, new_blocks, expected - known))
+        request.num_sent = expected
         request.last_step = self._step
-        entries[request_id] = _continued((request_id, start, num_new, request.take_unsent(), new_blocks))
+        request.num_planned = end
+        if end == expected:
+            request.num_expected = end + 1
         return True
+
+    def _unplan(self, request: Request, planned: ContinuedRequest) -> None:
+        request.num_expected = request.num_known + planned.num_pending
+        request.last_step = self._step - 1  # at most: which of the steps in flight was its last does not matter
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue with everything but its KV; most of that is found in the prefix cache again, if it
@@ -183,22 +225,25 @@ class Scheduler:
         """
         del self._running[request.request_id]
         self._leave(request)
-        request.num_computed = 0
+        request.num_computed = request.num_planned = 0
         request.num_preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(request)
 
     def _leave(self, request: Request) -> None:
         self._forgotten.append(request.request_id)
-        is_in_flight = request.last_step > self._retired_step
-        self._kv.release(request.request_id, after_step=request.last_step if is_in_flight else None)
+        after_step = request.last_step if self._is_in_flight(request) else None
+        self._kv.release(request.request_id, after_step=after_step)
 
-    def _admit(self, budget: int) -> tuple[list[NewRequest], list[tuple[BlockId, BlockId]]]:
+    def _is_in_flight(self, request: Request) -> bool:
+        return request.last_step > self._retired_step
+
+    def _admit(self, budget: int, most: int) -> tuple[list[NewRequest], list[tuple[BlockId, BlockId]]]:
         admitted: list[NewRequest] = []
         copies: list[tuple[BlockId, BlockId]] = []
-        while budget > 0 and len(self._running) < self._max_running:
+        while budget > 0 and len(admitted) < most and len(self._running) < self._max_running:
             request = self._waiting.peek()
-            if request is None:
+            if request is None or self._is_in_flight(request):  # preempted: its last step is not over yet
                 break
             forked = self._place(request)
             if forked is None:
@@ -215,6 +260,8 @@ class Scheduler:
                 self.counters.cached_tokens += request.num_computed
             request.num_sent = request.num_known
             request.last_step = self._step
+            request.num_planned = request.num_computed + num_new
+            request.num_expected = request.num_known + (request.num_planned == request.num_known)
             admitted.append(
                 NewRequest(
                     request.request_id,
@@ -247,7 +294,7 @@ class Scheduler:
         outputs = [
             self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, result) for new in plan.new
         ]
-        for request_id, num_computed, num_new, _, _ in plan.continued:
+        for request_id, num_computed, num_new, _, _, _ in plan.continued:
             outputs.append(self._advance(request_id, num_computed + num_new, num_new, result))
         sampled = [output for output in outputs if output is not None]
         self.counters.generation_tokens += sum([len(output.token_ids) for output in sampled])
@@ -256,11 +303,14 @@ class Scheduler:
     def _advance(self, request_id: RequestId, end: int, num_new: int, result: StepResult) -> RequestOutput | None:
         """Positions up to `end` are computed now, `num_new` of them new; take in what was sampled after them."""
         request = self._running.get(request_id)
-        if request is None:
-            return None  # aborted while the step ran
-        request.num_computed = end
-        if num_new > 1 or end % self._kv.block_size == 0:
-            self._kv.commit(request)
+        if request is not None:
+            request.num_computed = end
+            if num_new > 1 or end % self._kv.block_size == 0:
+                self._kv.commit(request)
+        else:
+            request = self._waiting.get(request_id)  # preempted while the step ran: its token counts
+            if request is None:
+                return None  # finished or aborted meanwhile
         token_ids = result.token_ids.get(request_id)
         if not token_ids:
             return None
@@ -289,8 +339,10 @@ class Scheduler:
         return _output((request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None))
 
     def _finish(self, request: Request) -> RequestTimes:
-        del self._running[request.request_id]
-        self._leave(request)
+        if self._running.pop(request.request_id, None) is not None:
+            self._leave(request)
+        else:
+            self._waiting.remove(request.request_id)
         self.counters.finished += 1
         return request_times(request, self._clock())
 

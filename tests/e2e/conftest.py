@@ -95,11 +95,23 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def make_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., contextlib.AbstractContextManager[Server]]:
+    """Servers for longer than one test: `with make_server(arguments) as server`."""
+
+    @contextlib.contextmanager
+    def make(*arguments: str) -> Iterator[Server]:
+        server = Server(tmp_path_factory.mktemp("serve") / "output.txt", *arguments)
+        try:
+            yield server
+        finally:
+            server.kill()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def server(make_server: Callable[..., contextlib.AbstractContextManager[Server]]) -> Iterator[Server]:
     """One running server for a module's tests, started as a newcomer would."""
-    server = Server(tmp_path_factory.mktemp("serve") / "output.txt")
-    try:
+    with make_server() as server:
         server.wait_for("ready after")
         yield server
-    finally:
-        server.kill()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,21 @@ _GEMMA_LAYER_NAMES: Mapping[str, str] = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# By architecture. Matrices of experts are merged, expert by expert.
+_EXPERT_NAMES: Mapping[str, Mapping[str, str]] = {
+    "llama": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+    },
+    "qwen3moe": {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+        "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+    },
+}
 _LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _IN_METADATA_ONLY = frozenset({"rope_freqs.weight"})  # belongs to the rotary configuration
 
@@ -57,11 +73,12 @@ class GgufSource:
         heads = int(file.metadata[f"{self._architecture}.attention.head_count"])
         kv_heads = int(file.metadata.get(f"{self._architecture}.attention.head_count_kv", heads))
         self._head_counts = {"q_proj": heads, "k_proj": kv_heads}
-        self.tensors: Mapping[str, StoredTensor] = {
-            self._hugging_face_name(name): tensor
+        self.tensors: Mapping[str, StoredTensor] = dict(
+            part
             for name, tensor in file.tensors.items()
             if name not in _IN_METADATA_ONLY
-        }
+            for part in _experts_apart(self._hugging_face_name(name), tensor)
+        )
         self._bytes = _map(file.path)
         for name, tensor in self.tensors.items():
             if not _can_dequantize(tensor.dtype):
@@ -100,10 +117,23 @@ class GgufSource:
         if name in _WHOLE_NAMES:
             return _WHOLE_NAMES[name]
         match = _LAYER_PATTERN.fullmatch(name)
-        layer_names = _GEMMA_LAYER_NAMES if self._architecture in _ONE_ADDED else _LAYER_NAMES
+        names = _GEMMA_LAYER_NAMES if self._architecture in _ONE_ADDED else _LAYER_NAMES
+        layer_names = {**names, **_EXPERT_NAMES.get(self._architecture, {})}
         if match is None or match[2] not in layer_names:
             return name  # reported as superfluous by whoever compares names
         return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
+
+
+def _experts_apart(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """A tensor under its name, or the matrix of each expert where `name` stands for all of them."""
+    if "{expert}" not in name:
+        yield name, tensor
+        return
+    num_experts, *shape = tensor.shape
+    num_bytes = tensor.num_bytes // num_experts
+    for expert in range(num_experts):
+        part = tensor._replace(shape=tuple(shape), offset=tensor.offset + expert * num_bytes, num_bytes=num_bytes)
+        yield name.replace("{expert}", str(expert)), part
 
 
 def _map(path: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -112,6 +142,7 @@ def _map(path: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
 
 
+@functools.cache
 def _can_dequantize(dtype: str) -> bool:
     kind = GGMLQuantizationType[dtype]
     try:

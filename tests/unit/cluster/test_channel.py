@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,15 +13,16 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.channel import CallSummary, GenerateCall, decode_step, encode_step
-from shoal.cluster.gateway import replica_backend
-from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.channel import CallSummary, GenerateCall, decode_step, encode_keepalive, encode_step
+from shoal.cluster.gateway import inbox, replica_backend
+from shoal.cluster.gateway.backend import ReplicaFailedError
 from shoal.cluster.gateway.inbox import StepInbox, TokensLostError
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
+from shoal.cluster.replica import channel
 from shoal.cluster.replica.calls import Calls
 from shoal.cluster.replica.channel import GatewayChannels
 from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
-from shoal.engine.executor import ExecutorInfo
+from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import (
     FinishReason,
@@ -58,16 +60,27 @@ class CountingDevice:
         self.step_s = step_s
         self.num_steps = 0
         self.error: Exception | None = None
+        self._plans: deque[StepPlan] = deque()
         self._known: dict[RequestId, int] = {}
         self._next: dict[RequestId, int] = {}
 
     def start(self) -> ExecutorInfo:
-        return ExecutorInfo(num_blocks=512, kv_bytes=0, weight_bytes=0, device_name="fake")
+        rank = RankInfo(0, 0, "here", 1, "fake", first_layer=0, num_layers=1, weight_bytes=0, kv_bytes=0)
+        return ExecutorInfo(num_blocks=512, ranks=(rank,))
 
     def close(self) -> None:
         pass
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def check(self) -> None:
+        pass
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def collect(self) -> StepResult:
+        return self._execute(self._plans.popleft())
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         time.sleep(self.step_s)
         if self.error is not None:
             raise self.error
@@ -141,6 +154,7 @@ class Rig:
 async def rig() -> AsyncIterator[Rig]:
     rig = Rig()
     await rig.engine.start()
+    rig.calls.start()
     rig.inbox.start()
     yield rig
     await rig.engine.close()
@@ -176,7 +190,7 @@ async def test_one_message_per_step_however_many_calls(rig: Rig) -> None:
     received: list[int] = []
     deliver = rig.inbox._deliver
 
-    def count(outputs: list[RequestOutput]) -> None:
+    def count(outputs: list[RequestOutput | RequestId]) -> None:
         received.append(len(outputs))
         deliver(outputs)
 
@@ -217,10 +231,10 @@ async def test_a_failing_engine_ends_its_calls(rig: Rig) -> None:
     stream = rig.backend.generate(call("c", 400))
     await anext(stream)
     rig.device.error = RuntimeError("device lost")
-    last = [outputs async for outputs in stream][-1][0]
-    assert last.finish_reason is FinishReason.ERROR
-    assert "device lost" in str(last.error)
-    with pytest.raises(ReplicaUnavailableError):
+    with pytest.raises(ReplicaFailedError, match="device lost"):
+        async for _ in stream:
+            pass
+    with pytest.raises(ReplicaFailedError):
         await tokens_of(rig.backend, call("d"))
 
 
@@ -229,8 +243,47 @@ async def test_a_dead_replica_ends_its_calls(rig: Rig) -> None:
         await asyncio.sleep(0.02)
         raise ConnectionResetError
 
-    with pytest.raises(ReplicaUnavailableError, match="tiny failed: ConnectionResetError"):
+    with pytest.raises(ReplicaFailedError, match="tiny failed: ConnectionResetError"):
         await asyncio.wait_for(tokens_of(rig.backend_over(die), call("c")), timeout=2)
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalives every 20 ms; silence is four times as long."""
+    monkeypatch.setattr(channel, "KEEPALIVE_PERIOD_S", 0.02)
+    monkeypatch.setattr(inbox, "KEEPALIVE_PERIOD_S", 0.02)
+    monkeypatch.setattr(inbox, "_MAX_SILENT_PERIODS", 4)
+
+
+async def test_a_step_may_take_longer_than_a_replica_may_be_silent(hurry: None, rig: Rig) -> None:
+    rig.device.step_s = 0.3
+    assert await tokens_of(rig.backend, call("c", 2)) == {"c-0": [1, 2]}
+
+
+async def test_a_replica_that_falls_silent_loses_its_calls(hurry: None, rig: Rig) -> None:
+    async def never(call: GenerateCall, reply_to: str) -> CallSummary:
+        rig.inbox._deliver([call.sample_ids[0]])
+        return await asyncio.Future()  # as a Serve call to a host that is cut off
+
+    start = time.monotonic()
+    with pytest.raises(ReplicaFailedError, match="not been heard of"):
+        await asyncio.wait_for(tokens_of(rig.backend_over(never), call("c")), timeout=2)
+    assert time.monotonic() - start >= 3 * 0.02
+
+
+async def test_a_call_that_waits_for_a_replica_may_wait(hurry: None, rig: Rig) -> None:
+    async def later(call: GenerateCall, reply_to: str) -> CallSummary:
+        await asyncio.sleep(0.3)
+        return await rig.calls.run(call, reply_to)
+
+    assert await tokens_of(rig.backend_over(later), call("c", 2)) == {"c-0": [1, 2]}
+
+
+async def test_a_gateway_that_was_held_up_blames_nobody(hurry: None, rig: Rig) -> None:
+    stream = rig.backend.generate(call("c", 100))
+    await anext(stream)
+    time.sleep(0.3)  # noqa: ASYNC251  (the event loop stands still)
+    assert sum([len(outputs) async for outputs in stream]) == 99
 
 
 async def test_lost_last_tokens_are_waited_for_only_so_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +299,8 @@ async def test_lost_last_tokens_are_waited_for_only_so_long(rig: Rig, monkeypatc
 async def test_a_gap_is_an_error_and_not_a_shorter_answer(rig: Rig) -> None:
     deliver = rig.inbox._deliver
 
-    def lossy(outputs: list[RequestOutput]) -> None:
-        deliver([output for output in outputs if output.token_ids != (3,)])
+    def lossy(items: list[RequestOutput | RequestId]) -> None:
+        deliver([item for item in items if not (isinstance(item, RequestOutput) and item.token_ids == (3,))])
 
     rig.inbox._deliver = lossy  # type: ignore[method-assign]
     with pytest.raises(TokensLostError, match="1 of 5 tokens of c-0"):
@@ -296,6 +349,11 @@ outputs = st.builds(
         token_ids, st.none() | token_ids,
     ),
 )  # fmt: skip
+
+
+@given(st.lists(st.text(max_size=40).map(RequestId), max_size=4))
+def test_a_keepalive_carries_every_call(ids: list[RequestId]) -> None:
+    assert decode_step(encode_keepalive(ids)) == ids
 
 
 @given(st.lists(outputs, max_size=4))

@@ -15,23 +15,32 @@ from typing import Any
 import pytest
 
 from shoal.cluster import cli
-from shoal.cluster.channel import Progress
+from shoal.cluster.channel import GroupStatus, Progress
 from shoal.cluster.commands.serve import announcement, base_url, check_port
+from shoal.cluster.gateway.responses import encode
 from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
 from shoal.engine.config import ConfigError
+from shoal.engine.executor import RankInfo
 from shoal.engine.request import EngineStats
+
+RANKS = (
+    RankInfo(0, 0, "10.0.0.1", 11, "AMD EPYC", 0, 15, weight_bytes=2**20, kv_bytes=2**21),
+    RankInfo(1, 0, "10.0.0.2", 12, "AMD EPYC", 15, 15, weight_bytes=2**22, kv_bytes=2**21),
+)
 
 
 class FakeServer(BaseHTTPRequestHandler):
     """Answers as a gateway does; remembers the bodies it was sent."""
 
     bodies: list[dict[str, Any]] = []  # noqa: RUF012  (the fixture empties it)
+    groups: tuple[GroupStatus, ...] = (GroupStatus("running", "0", num_blocks=9, block_size=16, ranks=RANKS),)
 
     def do_GET(self) -> None:
         metrics = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(num_running=2))})
         answers = {
             "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 64}]}),
+            "/status": encode({"models": [{"name": "m", "max_model_len": 64, "groups": self.groups}]}).decode(),
             "/metrics": metrics,
         }
         self._answer(200, answers[self.path].encode())
@@ -79,11 +88,13 @@ def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture
 
 def test_arguments_become_configuration() -> None:
     model_arguments = ["--model-name", "tiny", "--dtype", "fp32", "--kv-memory", "1GiB", "--replicas", "2"]
-    args = cli.build_parser().parse_args(["serve", "--port", "9001", *model_arguments, "--num-threads", "3"])
+    shape = ["--tensor-parallel", "3", "--pipeline-parallel", "2", "--num-threads", "3"]
+    args = cli.build_parser().parse_args(["serve", "--port", "9001", *model_arguments, *shape])
     config = cli.serve_config(args)
     model = config.models[0]
     assert (config.http.port, model.name, model.replicas) == (9001, "tiny", 2)
     assert (model.engine.dtype, model.engine.kv_memory, model.engine.num_threads) == ("fp32", 2**30, 3)
+    assert (model.tensor_parallel, model.pipeline_parallel) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +171,25 @@ def test_no_server_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> 
         assert "start one with `shoal serve`" in capsys.readouterr().err
 
 
-def test_status_shows_replicas(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_every_rank_of_every_group(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "--url", url, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["models"][0]["replicas"][0]["running"] == 2
+    (group,) = json.loads(capsys.readouterr().out)["models"][0]["groups"]
+    assert (group["state"], group["running"], [rank["pid"] for rank in group["ranks"]]) == ("running", 2, [11, 12])
     assert cli.main(["status", "--url", url]) == 0
-    assert "replica 0: 2 running" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "replica 0: 144 KV tokens, 0.0% used; 2 running" in shown
+    assert "stage 1 rank 0: 10.0.0.2 pid 12, AMD EPYC, layers 15-29, weights 4 MiB, KV 2 MiB" in shown
+
+
+def test_a_group_that_is_not_up_is_shown_and_not_healthy(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeServer, "groups", (*FakeServer.groups, GroupStatus("starting")))
+    assert cli.main(["status", "--url", url]) == 1
+    shown = capsys.readouterr().out
+    assert "NOT HEALTHY" in shown
+    assert "2 replica(s)" in shown
+    assert "replica: starting" in shown
 
 
 def test_progress_reaches_the_starting_command_and_never_blocks_without_it() -> None:

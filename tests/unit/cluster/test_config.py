@@ -40,6 +40,12 @@ models:
   - name: big
     model: weights/model.gguf
     replicas: 3
+    tensor_parallel: 2
+    pipeline_parallel: 3
+    stage_layers: [10, 11, 9]
+    nodes:
+      labels: [{zone: a}, {zone: b}, {gpu: "!T4"}]
+      stages: strict_spread
     engine:
       dtype: bf16
       device: cpu
@@ -53,6 +59,9 @@ models:
       scheduling_policy: priority
       num_threads: 4
       seed: 9
+      async_scheduling: false
+      step_timeout: 60
+      heartbeat_timeout: 2.5
     resources: {num_cpus: 4, num_gpus: 0}
     max_ongoing_requests: 64
     max_queued_requests: 10
@@ -63,12 +72,16 @@ ray: {address: auto}
         )
     )
     model = config.models[0]
-    options = model.engine.options(model.model)
+    options = model.options(model.model)
     assert options.model == str(tmp_path / "weights/model.gguf")
     assert options.kv_memory_bytes == 3 * 2**29
     assert options.enable_prefix_caching is False
     assert (options.dtype, options.block_size, options.max_step_tokens, options.seed) == ("bf16", 32, 512, 9)
     assert (options.scheduling_policy, options.max_running_requests, options.num_threads) == ("priority", 7, 4)
+    assert (options.tensor_parallel, options.pipeline_parallel, options.stage_layers) == (2, 3, (10, 11, 9))
+    assert (options.async_scheduling, options.step_timeout_s, options.heartbeat_timeout_s) == (False, 60.0, 2.5)
+    assert model.nodes.labels == ({"zone": "a"}, {"zone": "b"}, {"gpu": "!T4"})
+    assert model.nodes.stages == "strict_spread"
     assert config.http.max_body_bytes == 2**20
     assert (model.replicas, config.gateways, config.ray.address) == (3, 2, "auto")
 
@@ -85,6 +98,16 @@ ray: {address: auto}
         ("models: [{engine: {device: tpu}}]", r"engine\.device: input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("models: [{engine: {memory_fraction: 1.5}}]", r"memory_fraction: .*less than 1, got 1\.5"),
         ("models: [{name: a}, {name: a}]", r"models: two models are called 'a'"),
+        ("models: [{tensor_parallel: 0}]", r"tensor_parallel: .*greater than or equal to 1, got 0"),
+        ("models: [{stage_layers: [15, 15]}]", r"stage_layers: 2 numbers for the pipeline_parallel 1 stages"),
+        (
+            "models: [{pipeline_parallel: 3, nodes: {labels: [{a: b}]}}]",
+            r"nodes: 1 label selectors for the .* 3 stages",
+        ),
+        (
+            "models: [{nodes: {stages: diagonal}}]",
+            r"nodes\.stages: input should be 'pack', 'spread' or 'strict_spread'",
+        ),
         ("http: {port: 70000}", r"http\.port: .*65535, got 70000"),
         ("http: {port: eighty}", r"http\.port: .*got 'eighty'"),
         ("gateways: 0", r"gateways: .*got 0"),

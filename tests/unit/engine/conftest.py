@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
 from shoal.engine.core import EngineCore
-from shoal.engine.executor import ExecutorInfo
+from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import Request, RequestId, RequestOutput, SamplingParams
 
@@ -57,12 +58,23 @@ class FakeExecutor:
         self.tables: dict[RequestId, list[int]] = {}
         self.params: dict[RequestId, SamplingParams] = {}
         self.plans: list[StepPlan] = []
+        self.sampled: dict[RequestId, int] = {}  # what this device sampled last for each request
+        self.in_flight: deque[StepPlan] = deque()
 
     def start(self) -> ExecutorInfo:
-        return ExecutorInfo(self.num_blocks, 0, 0, "fake")
+        return ExecutorInfo(self.num_blocks, (RankInfo(0, 0, "here", 1, "fake", 0, 2, 0, 0),))
 
     def close(self) -> None:
         self.memory.clear()
+
+    def check(self) -> None:
+        pass
+
+    def submit(self, plan: StepPlan) -> None:
+        self.in_flight.append(plan)
+
+    def collect(self) -> StepResult:
+        return self.execute(self.in_flight.popleft())
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
@@ -77,6 +89,8 @@ class FakeExecutor:
             self.tables[new.request_id] = list(new.block_ids)
         for entry in plan.continued:
             self.tokens[entry.request_id].extend(entry.new_token_ids)
+            if entry.num_pending:
+                self.tokens[entry.request_id].append(self.sampled[entry.request_id])
             self.tables[entry.request_id].extend(entry.new_block_ids)
         entries = (*plan.new, *plan.continued)
         assert len({entry.request_id for entry in entries}) == len(entries)
@@ -87,6 +101,7 @@ class FakeExecutor:
             token = self._compute(entry.request_id, entry.num_computed, entry.num_new, writes)
             if token is not None:
                 result[entry.request_id] = (token,)
+                self.sampled[entry.request_id] = token
         return StepResult(plan.step, result)
 
     def _compute(self, request_id: RequestId, start: int, count: int, writes: set[tuple[int, int]]) -> int | None:

@@ -157,6 +157,12 @@ def test_under_memory_pressure(model, prompts, alone, caching):
     assert engine.core.stats().preemptions_total > 3
 
 
+@pytest.mark.parametrize("options", [{}, {"max_step_tokens": 9}, {"num_blocks": 24, "watermark": 0.0}])
+def test_planned_ahead(model, prompts, alone, options):
+    engine = Engine(model, async_scheduling=True, max_running_requests=8, **options)
+    assert serve_all(engine, prompts) == alone
+
+
 def test_preempted_at_every_step(model, prompts, alone):
     engine = Engine(model, max_step_tokens=6, max_running_requests=1, enable_prefix_caching=False)
     for index in (1, 2):  # sampled, and with penalties

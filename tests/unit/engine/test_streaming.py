@@ -88,15 +88,24 @@ class SlowExecutor:
     def __init__(self, inner, step_s: float = 0.02, fail_at: int | None = None) -> None:
         self.inner, self.step_s, self.fail_at = inner, step_s, fail_at
         self.is_closed = False
+        self.is_dead = False
 
     def start(self):
         return self.inner.start()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        self.inner.submit(plan)
+
+    def collect(self) -> StepResult:
         time.sleep(self.step_s)
-        if plan.step == self.fail_at:
+        result = self.inner.collect()
+        if result.step == self.fail_at:
             raise RuntimeError("rank 0 is gone")
-        return self.inner.execute(plan)
+        return result
+
+    def check(self) -> None:
+        if self.is_dead:
+            raise ExecutorError("rank 0 has died")
 
     def close(self) -> None:
         self.is_closed = True
@@ -148,6 +157,15 @@ async def test_a_failed_step_ends_every_stream_and_the_engine(make_engine, make_
     with pytest.raises(ExecutorError):
         engine.submit([request("late")], Collector())
     await wait_until(lambda: executor.is_closed)
+
+
+async def test_a_rank_that_dies_in_an_idle_moment_is_noticed(make_engine, make_harness):
+    executor = SlowExecutor(make_harness().executor)
+    engine = await make_engine(executor)
+    executor.is_dead = True
+    await wait_until(lambda: executor.is_closed)
+    with pytest.raises(ExecutorError, match="rank 0 has died"):
+        engine.check()
 
 
 async def test_closing_ends_open_streams(make_engine, make_harness):

@@ -29,6 +29,17 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(out_dtype):
             assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("width", [576, 1536])
+def test_a_float32_row_is_bitwise_the_same_in_any_batch(width):
+    ops = operations("cpu")
+    torch.set_num_threads(1)
+    x = torch.randn(70, width)
+    packed = ops.pack_linear(torch.randn(200, width))
+    alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
+    for size in (2, 7, 8, 33, 70):
+        assert torch.equal(torch.cat([ops.linear(rows, packed) for rows in x.split(size)]), alone)
+
+
 def test_float32_results_of_bfloat16_operands_are_summed_in_float32():
     ops = operations("cpu")
     x, weight = torch.randn(5, 1536).bfloat16(), torch.randn(333, 1536).bfloat16()

@@ -203,6 +203,24 @@ def linear(draw: Draw, dtype: torch.dtype) -> Run:
     return run
 
 
+def experts(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, (hidden, inter), generator = tokens_of(draw), draw(st.tuples(*[st.integers(1, 70)] * 2)), generator_of(draw)
+    num_experts = draw(st.integers(1, 9))
+    num_chosen = draw(st.integers(1, num_experts))
+    activation = draw(st.sampled_from(["silu", "gelu_tanh"]))
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        x = torch.randn(tokens, hidden, generator=g).to(dtype)
+        gate_up = (torch.randn(num_experts, 2 * inter, hidden, generator=g) * hidden**-0.5).to(dtype)
+        down = (torch.randn(num_experts, hidden, inter, generator=g) * inter**-0.5).to(dtype)
+        liked = torch.rand(tokens, num_experts, generator=g) * torch.rand(num_experts, generator=g)
+        chosen = liked.topk(num_chosen).indices.sort().values
+        return (ops.experts(x, ops.pack_experts(gate_up, down), chosen, liked.gather(1, chosen), activation),)
+
+    return run
+
+
 def sample(draw: Draw, dtype: torch.dtype) -> Run:
     rows, vocab = draw(st.integers(0, 3)), draw(st.sampled_from([1, 5, 60] if IS_INTERPRETED else [1, 5, 300, 5000]))
     spread, is_tied, is_masked = draw(st.sampled_from([0.1, 1.0, 8.0])), draw(st.booleans()), draw(st.booleans())
@@ -238,6 +256,8 @@ CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
     "gated_activation": gated_activation,
     "pack_linear": linear,
     "linear": linear,
+    "pack_experts": experts,
+    "experts": experts,
     "sample": sample,
 }
 
@@ -269,6 +289,19 @@ if IS_INTERPRETED:
                      torch.tensor([20, 301]).int(), 2)  # fmt: skip
         expected = reference().attention(*arguments, scale=0.25, window=window)
         result = kernel.attention(*arguments, scale=0.25, window=window)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("tokens", [1, 40, 120])
+    def test_experts_with_no_one_and_several_tiles_equal_the_twin(tokens: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(tokens, 70, generator=g)
+        packed = reference().pack_experts(
+            torch.randn(5, 2 * 130, 70, generator=g) / 8, torch.randn(5, 70, 130, generator=g) / 8
+        )
+        chosen = torch.tensor([[0, 3]]).repeat(tokens, 1)
+        chosen[::7, 1] = 4
+        arguments = (x, packed, chosen, torch.rand(tokens, 2, generator=g), "silu")
+        result, expected = operations("cuda").experts(*arguments), reference().experts(*arguments)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
     def test_merge_of_splits_equals_the_twin() -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from shoal.cluster.gateway.backend import GenerateCall, ServedModel
+from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, ServedModel
 from shoal.cluster.gateway.routes import build_app
+from shoal.engine.executor import RankInfo
 from shoal.engine.request import FinishReason, RequestOutput, TokenLogprobs
 from shoal.engine.tokenizer import Tokenizer
 
 MODEL = "smollm2"
 MAX_MODEL_LEN = 512
+RANK = RankInfo(0, 0, "10.0.0.1", 11, "AMD EPYC", 0, 15, weight_bytes=1, kv_bytes=2)
 
 
 class PlayedBackend:
@@ -71,6 +73,9 @@ class PlayedBackend:
                 await asyncio.sleep(0)
         finally:
             self.num_closed += 1
+
+    async def groups(self) -> list[GroupStatus]:
+        return [GroupStatus("running", "0", 8, 16, (RANK,)), GroupStatus("starting")]
 
     async def metrics_text(self) -> str:
         return "vllm:num_requests_running 0.0\n"

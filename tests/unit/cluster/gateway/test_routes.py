@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal.cluster.gateway.backend import ReplicaUnavailableError, ServedModel
+from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError, ServedModel
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine.request import FinishReason, RequestError
 from shoal.engine.tokenizer import Tokenizer
@@ -286,6 +286,9 @@ async def test_metrics_and_version(client, served) -> None:
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert metrics.text == "vllm:num_requests_running 0.0\n"
     assert (await client.get("/version")).json()["version"]
+    (status,) = (await client.get("/status")).json()["models"]
+    assert (status["name"], [group["state"] for group in status["groups"]]) == ("smollm2", ["running", "starting"])
+    assert status["groups"][0]["ranks"][0]["node"] == "10.0.0.1"
 
     async def own_metrics() -> str:
         return "shoal:steps_total 1\n"
@@ -342,9 +345,19 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_stream_ends(client, ba
     assert backend.num_closed == len(backend.calls)
 
 
-async def test_a_failed_request_is_an_error_and_an_aborted_one_says_so(client, backend) -> None:
-    backend.finish = FinishReason.ERROR
-    assert (await client.post("/v1/completions", json=TEXT)).status_code == 500
+@pytest.mark.parametrize("after", [0, 2])
+async def test_a_failed_replica_is_named_in_answers_and_in_streams(client, backend, after) -> None:
+    backend.error, backend.error_after = ReplicaFailedError("rank 1 was killed by signal 9"), after
+    answer = await client.post("/v1/completions", json=TEXT)
+    named = answer.json()["error"]
+    assert (answer.status_code, named["code"], named["type"]) == (503, "replica_failed", "service_unavailable_error")
+    assert "rank 1 was killed by signal 9" in named["message"]
+    assert int(answer.headers["retry-after"]) > 0
+    if after:
+        assert (await stream(client, "/v1/completions", TEXT))[-1]["error"] == named
+
+
+async def test_an_aborted_request_says_so(client, backend) -> None:
     backend.finish = FinishReason.ABORT
     answer = await post(client, "/v1/completions", TEXT)
     assert answer["choices"][0]["finish_reason"] == "abort"

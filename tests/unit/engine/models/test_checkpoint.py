@@ -235,6 +235,26 @@ def test_a_field_that_no_code_here_computes_is_named(
         open_model(checkpoint)
 
 
+@pytest.mark.parametrize("config_class", ["MixtralConfig", "Qwen3MoeConfig"])
+def test_more_experts_per_token_than_there_are_is_refused_by_name(
+    config_class: str, tmp_path: Path, save_checkpoint: Callable[..., Any], open_model: Callable[..., Any]
+) -> None:
+    save_checkpoint(tmp_path, config_class, {"num_local_experts": 3, "num_experts_per_tok": 2})
+    _edit_config(tmp_path, num_experts_per_tok=4)
+    with pytest.raises(ConfigError, match="num_experts_per_tok = 4 of 3 experts"):
+        open_model(tmp_path)
+
+
+def test_experts_may_be_counted_as_before_transformers_5(
+    tmp_path: Path, save_checkpoint: Callable[..., Any], open_model: Callable[..., Any]
+) -> None:
+    save_checkpoint(tmp_path, "Qwen3MoeConfig", {"num_experts": 3, "num_experts_per_tok": 2})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    open_model(tmp_path)
+
+
 def test_reading_a_configuration_needs_neither_torch_nor_transformers(checkpoint: Path) -> None:
     code = (
         "import sys; from shoal.engine.models.registry import read_model_config; "

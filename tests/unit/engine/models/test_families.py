@@ -23,6 +23,7 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 13}
+_QWEN3_MOE = {"head_dim": 32, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -43,6 +44,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 2, "rope_parameters": _YARN},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5}),
+    "mixtral-window": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 13}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-some-layers-dense": (
+        "Qwen3MoeConfig",
+        {
+            **_QWEN3_MOE,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 13,
+        },
+    ),
     "smollm3-nope": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
     "gemma2": ("Gemma2Config", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
     "gemma3": (
@@ -60,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox-by-transformers": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
     "stablelm-by-transformers": ("StableLmConfig", {"partial_rotary_factor": 0.5}),
     "olmo2-by-transformers": ("Olmo2Config", {}),
-    "mixtral-by-transformers": ("MixtralConfig", {"num_local_experts": 3, "sliding_window": 13}),
+    "olmoe-by-transformers": ("OlmoeConfig", {"num_experts": 3, "num_experts_per_tok": 2}),
     "gpt2-learned-positions-by-transformers": ("GPT2Config", {"num_key_value_heads": 4}),
     "starcoder2-window-by-transformers": ("Starcoder2Config", {"sliding_window": 13}),
 }
@@ -118,8 +132,13 @@ def test_greedy_tokens_equal_transformers(case: Case, start_request: Callable[[]
 def test_bfloat16_stays_near_float32(
     case: Case, open_model: Callable[..., Any], paged_request: Callable[..., Any]
 ) -> None:
-    """bfloat16 has 8 bits of mantissa: within a tenth of the logits' range; a wrong layer is off by half."""
+    """bfloat16 has 8 bits of mantissa: within a tenth of the logits' range; a wrong layer is off by half.
+
+    A router's close call may go the other way, and that token's logits with it: with experts, one in twenty may.
+    """
     config, model = open_model(case.path, "bfloat16")
     found = paged_request(model, config).steps(case.tokens, 16)
     span = case.logits.max() - case.logits.min()
-    assert (found.float() - case.logits).abs().max() <= 0.1 * span
+    errors = (found.float() - case.logits).abs().amax(1)  # [tokens]
+    has_experts = hasattr(case.oracle.config, "num_experts_per_tok")
+    assert errors.quantile(0.95 if has_experts else 1.0) <= 0.1 * span

@@ -34,6 +34,7 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
 _GEMMA_NAMES = _NAMES | {
     "post_attention_layernorm": "post_attention_norm",
@@ -50,6 +51,13 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 13, "tie_word_embeddings": True}
+_QWEN3_MOE = {
+    "head_dim": 32,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,  # llama.cpp does so whatever config.json says
+}
 
 # case: GGUF architecture, transformers configuration, its fields, how matrices are stored
 CASES: dict[str, tuple[str, str, dict[str, Any], Kind]] = {
@@ -61,6 +69,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Kind]] = {
     "mistral BF16": ("llama", "MistralConfig", {"sliding_window": 13}, Kind.BF16),
     "qwen2 Q8_0": ("qwen2", "Qwen2Config", {}, Kind.Q8_0),
     "qwen3 F16": ("qwen3", "Qwen3Config", {"head_dim": 32}, Kind.F16),
+    "mixtral Q8_0": ("llama", "MixtralConfig", {"num_local_experts": 5}, Kind.Q8_0),
+    "qwen3 with experts Q4_0": ("qwen3moe", "Qwen3MoeConfig", _QWEN3_MOE, Kind.Q4_0),
     "smollm3 Q8_0": ("smollm3", "SmolLM3Config", {}, Kind.Q8_0),
     "gemma2 Q8_0": ("gemma2", "Gemma2Config", _GEMMA, Kind.Q8_0),
     "gemma3 F32": ("gemma3", "Gemma3TextConfig", {**_GEMMA, "num_hidden_layers": 7}, Kind.F32),
@@ -97,6 +107,11 @@ def _add_metadata(writer: Any, config: Any) -> None:
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(5)
 
@@ -119,6 +134,23 @@ def _llama3_divisors(config: Any) -> NDArray[np.float32]:
     return np.array(divisors, dtype=np.float32)
 
 
+def _add_tensor(writer: Any, name: str, values: NDArray[Any], kind: Kind) -> NDArray[Any]:
+    """Store a tensor as `kind` and return it as it comes back."""
+    packed = gguf.quants.quantize(values, kind)
+    writer.add_tensor(name, packed, raw_dtype=kind)
+    return gguf.quants.dequantize(packed, kind)
+
+
+def _add_experts(writer: Any, name: str, values: NDArray[Any], kind: Kind) -> NDArray[Any]:
+    """Experts [experts, out, in], merged as in transformers 5, whose gate and up stand in one matrix."""
+    layer, part = name.split(".")[2], name.split(".")[-1]
+    if part == "down_proj":
+        return _add_tensor(writer, f"blk.{layer}.ffn_down_exps.weight", values, kind)
+    halves = zip(("gate", "up"), np.split(values, 2, axis=1), strict=True)
+    restored = [_add_tensor(writer, f"blk.{layer}.ffn_{half}_exps.weight", rows, kind) for half, rows in halves]
+    return np.concatenate(restored, axis=1)
+
+
 def _write_gguf(path: Path, architecture: str, model: Any, kind: Kind) -> None:
     """Write `model` as llama.cpp's converter would, and leave its own weights as they come back from storage."""
     config = model.config
@@ -129,6 +161,10 @@ def _write_gguf(path: Path, architecture: str, model: Any, kind: Kind) -> None:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy()
+        if values.ndim == 3:
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(_add_experts(writer, name, values, kind)))
+            continue
         if values.ndim == 2:
             packed = gguf.quants.quantize(values, kind)
             restored = gguf.quants.dequantize(packed, kind)
@@ -253,6 +289,17 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
     small_gguf.write_bytes(damage(small_gguf.read_bytes()))
     with pytest.raises(ConfigError, match=message):
         read_model_config(str(small_gguf))
+
+
+def test_experts_of_an_architecture_without_them_are_refused_by_name(
+    tmp_path: Path, save_checkpoint: Callable[..., Any]
+) -> None:
+    path = tmp_path / "model.gguf"
+    model = save_checkpoint(tmp_path, "Qwen2Config", {"num_hidden_layers": 1})
+    model.config.num_experts, model.config.num_experts_per_tok = 4, 2
+    _write_gguf(path, "qwen2", model, Kind.F32)
+    with pytest.raises(ConfigError, match="experts of architecture 'qwen2': with experts, llama, qwen3moe"):
+        read_model_config(str(path))
 
 
 def test_a_type_that_cannot_be_dequantized_is_named_with_its_tensor(

@@ -90,21 +90,28 @@ def _rank_logits(config: EngineConfig, rank: int, size: int, ranks: ThreadRanks)
 
 
 def _tensor_parallel_logits(config: EngineConfig, size: int) -> list[tuple[Tensor, int]]:
+    """Of each rank: its columns of the logits, and the bytes of its weights."""
     ranks = ThreadRanks(size)
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(_rank_logits, config, rank, size, ranks) for rank in range(size)]
         return [future.result(timeout=60) for future in futures]
 
 
+SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+MOE = {"head_dim": 16, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1]}
+
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "tied and biased": (
         "LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, 2,
     ),
     "untied": ("LlamaConfig", {}, 2),
-    "unequal shares": ("LlamaConfig", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, 2),
+    "unequal shares": ("LlamaConfig", SIX_HEADS, 2),
     "more ranks than KV heads": ("Qwen2Config", {}, 4),
     "q/k norms": ("Qwen3Config", {"head_dim": 16}, 2),
     "soft-caps and windows": ("Gemma2Config", {"head_dim": 16, "sliding_window": 7}, 2),
+    "experts on 2 ranks": ("MixtralConfig", {"num_local_experts": 5}, 2),
+    "experts on 3 ranks, unequal shares": ("Qwen3MoeConfig", {**MOE, **SIX_HEADS}, 3),
+    "experts on 4 ranks": ("Qwen3MoeConfig", MOE, 4),
 }  # fmt: skip
 
 
@@ -115,9 +122,14 @@ def test_tensor_ranks_together_equal_one_rank(
     config_class, fields, size = CASES[name]
     save_checkpoint(tmp_path, config_class, fields)
     config = open_config(tmp_path)
-    expected = _whole_logits(config)
-    for found, _ in _tensor_parallel_logits(config, size):
-        assert (found - expected).abs().max() <= TOLERANCE
+    expected = _whole_logits(config)  # [tokens, vocab]
+    parts = [logits for logits, _ in _tensor_parallel_logits(config, size)]
+    assert len({part.shape for part in parts}) == 1
+    found = torch.cat(parts, dim=1)
+    vocab_size = expected.shape[1]
+    assert (found[:, :vocab_size] - expected).abs().max() <= TOLERANCE
+    assert found.shape[1] > vocab_size, "no column pads this vocabulary"
+    assert (found[:, vocab_size:] == -torch.inf).all()
 
 
 def test_tensor_ranks_share_the_memory(
@@ -132,11 +144,34 @@ def test_tensor_ranks_share_the_memory(
     assert sum(shares) == whole + repeated + padded
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_stages_in_a_row_equal_one_stage_bit_for_bit(
-    is_tied: bool, tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_tensor_rank_holds_its_share_of_the_experts(
+    size: int, tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
 ) -> None:
-    save_checkpoint(tmp_path, "LlamaConfig", {"tie_word_embeddings": is_tied})
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 4, "num_local_experts": 9}
+    save_checkpoint(tmp_path, "MixtralConfig", heads)
+    config = open_config(tmp_path)
+    share = load_model(config, reference(), SINGLE, SingleRank()).weight_bytes / size
+    for _, weight_bytes in _tensor_parallel_logits(config, size):
+        assert abs(weight_bytes - share) <= 0.1 * share
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [
+        ("LlamaConfig", {"tie_word_embeddings": True}),
+        ("LlamaConfig", {"tie_word_embeddings": False}),
+        ("Qwen3MoeConfig", MOE),
+    ],
+)
+def test_stages_in_a_row_equal_one_stage_bit_for_bit(
+    config_class: str,
+    fields: dict[str, Any],
+    tmp_path: Path,
+    save_checkpoint: Callable[..., Any],
+    open_config: Callable[..., EngineConfig],
+) -> None:
+    save_checkpoint(tmp_path, config_class, fields)
     config = open_config(tmp_path)
     hidden = None
     covered: list[int] = []

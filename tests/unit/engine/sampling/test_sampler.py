@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.engine.request import RequestId, SamplingParams
-from shoal.engine.sampling.sampler import SampleBatch, Sampler
+from shoal.engine.parallel.collectives import SingleRank
+from shoal.engine.parallel.topology import SINGLE
+from shoal.engine.request import RequestId, SamplingParams, TokenLogprobs
+from shoal.engine.sampling.batch import SampleBatch
+from shoal.engine.sampling.sampler import Sampler
 from shoal.kernels import dispatch
 
 VOCAB = 50
@@ -37,10 +40,18 @@ def batch(params: list[SamplingParams], num_outputs: int = 0, position: int = 10
 def make(
     params: list[SamplingParams], prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (3, 3, 4)
 ) -> Sampler:
-    sampler = Sampler(dispatch.reference(), (EOS,), VOCAB)
+    sampler = Sampler(dispatch.reference(), (EOS,), VOCAB, SINGLE, SingleRank())
     for i, p in enumerate(params):
         sampler.add(RequestId(f"r{i}"), p, prompt + output, len(prompt), torch.device("cpu"))
     return sampler
+
+
+def draw(
+    sampler: Sampler, logits: torch.Tensor, settings: SampleBatch
+) -> tuple[list[int], dict[RequestId, TokenLogprobs]]:
+    tokens, logprobs = sampler.sample(logits, settings).wait()
+    assert list(tokens) == settings.request_ids
+    return [token for (token,) in tokens.values()], {key: logprob for key, (logprob,) in logprobs.items()}
 
 
 @pytest.fixture
@@ -67,7 +78,7 @@ def test_counts_follow_the_drawn_tokens(logits):
     params = SamplingParams(temperature=0, frequency_penalty=2.0)
     sampler, drawn = make([params], output=()), []
     for step in range(6):
-        tokens, _ = sampler.sample(logits.clone(), batch([params], num_outputs=step))
+        tokens, _ = draw(sampler, logits.clone(), batch([params], num_outputs=step))
         drawn += tokens
     counts = torch.zeros(VOCAB)
     for token in drawn:  # greedy on logits minus twice what was drawn so far
@@ -80,7 +91,7 @@ def test_bias_forces_and_forbids(logits):
     best = int(logits.argmax())
     forced = SamplingParams(temperature=0, logit_bias={11: 100.0})
     forbidden = SamplingParams(temperature=0, logit_bias={best: -100.0})
-    tokens, _ = make([forced, forbidden]).sample(logits.repeat(2, 1), batch([forced, forbidden]))
+    tokens, _ = draw(make([forced, forbidden]), logits.repeat(2, 1), batch([forced, forbidden]))
     assert tokens[0] == 11
     assert tokens[1] != best
 
@@ -90,8 +101,8 @@ def test_end_of_text_waits_for_min_tokens(logits):
     logits[0, 9] = 50.0
     params = SamplingParams(temperature=0, min_tokens=4, stop_token_ids=(9,))
     sampler = make([params])
-    early, _ = sampler.sample(logits.clone(), batch([params], num_outputs=3))
-    late, _ = sampler.sample(logits.clone(), batch([params], num_outputs=4))
+    early, _ = draw(sampler, logits.clone(), batch([params], num_outputs=3))
+    late, _ = draw(sampler, logits.clone(), batch([params], num_outputs=4))
     assert early[0] not in (EOS, 9)
     assert late[0] == EOS
 
@@ -99,7 +110,7 @@ def test_end_of_text_waits_for_min_tokens(logits):
 def test_logprobs_are_of_the_model_itself(logits):
     plain = torch.log_softmax(logits[0], -1)
     params = SamplingParams(temperature=0.5, logprobs=5, logit_bias={11: 100.0}, presence_penalty=1.0)
-    tokens, logprobs = make([params]).sample(logits.clone(), batch([params]))
+    tokens, logprobs = draw(make([params]), logits.clone(), batch([params]))
     answer = logprobs[RequestId("r0")]
     assert tokens == [11]
     assert answer.logprob == pytest.approx(float(plain[11]))
@@ -113,14 +124,7 @@ def test_a_row_does_not_depend_on_its_neighbours(logits):
         SamplingParams(temperature=t, top_p=p, top_k=k)
         for t, p, k in ((0, 1, 0), (1, 0.9, 0), (0.7, 1, 5), (2, 0.5, 9))
     ]
-    together, _ = make(params).sample(logits.repeat(4, 1), batch(params))
+    together, _ = draw(make(params), logits.repeat(4, 1), batch(params))
     for i, p in enumerate(params):
-        alone, _ = make([p]).sample(logits.clone(), batch([p]))
+        alone, _ = draw(make([p]), logits.clone(), batch([p]))
         assert alone == [together[i]]
-
-
-def test_bfloat16_greedy_equals_float32_of_the_same_values(logits):
-    params = SamplingParams(temperature=0)
-    low = logits.bfloat16()
-    tokens, _ = make([params]).sample(low, batch([params]))
-    assert tokens[0] == int(low.float().argmax())

@@ -227,6 +227,8 @@ def test_random_schedules_change_no_token_and_leak_nothing(make_harness, expecte
         enable_prefix_caching=data.draw(st.booleans()),
         watermark=0.0,
         window=data.draw(st.sampled_from([None, None, 5])),
+        pipeline_parallel=data.draw(st.integers(1, 3)),
+        async_scheduling=data.draw(st.booleans()),
     )
     live: dict[str, tuple[tuple[int, ...], int]] = {}
     count = 0
@@ -234,8 +236,10 @@ def test_random_schedules_change_no_token_and_leak_nothing(make_harness, expecte
         match data.draw(st.sampled_from(["add", "fork", "step", "step", "abort"])):
             case "add":
                 ids = prompt(data.draw(st.integers(0, 2)), data.draw(st.integers(1, 20)))
-                live[f"r{count}"] = (ids, data.draw(st.integers(1, 12)))
-                harness.add(f"r{count}", ids, max_tokens=live[f"r{count}"][1])
+                max_tokens, tokens = data.draw(st.integers(1, 12)), expected(ids, 12)
+                stop = data.draw(st.sampled_from(tokens))
+                live[f"r{count}"] = (ids, min(max_tokens, tokens.index(stop) + 1))
+                harness.add(f"r{count}", ids, max_tokens=max_tokens, params={"stop_token_ids": (stop,)})
                 count += 1
             case "fork" if live:
                 source = data.draw(st.sampled_from(sorted(live)))

@@ -1,0 +1,49 @@
+"""What pipeline stages pass to each other. With one stage nothing is passed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class StageLinks(Protocol):
+    """Messages between the ranks of one tensor rank and different stages.
+
+    Sends may return before the message has arrived; the caller must not change the tensor afterwards. Messages of one
+    kind arrive in the order in which they were sent.
+    """
+
+    def receive_hidden(self, num_tokens: int) -> Tensor | None:
+        """Hidden states [num_tokens, hidden] of the stage before; None on the first stage."""
+        ...
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        """Hidden states [tokens, hidden] to the next stage; nothing happens on the last one."""
+        ...
+
+    def send_tokens(self, tokens: Tensor) -> None:
+        """Sampled tokens [samples] int64 from the last stage to the first; nothing happens on any other."""
+        ...
+
+    def receive_tokens(self, num_samples: int) -> Tensor:
+        """The oldest tokens [num_samples] int64 that the first stage has not received yet. First of several stages
+        only.
+        """
+        ...
+
+
+class SingleStage:
+    """Links of a stage that is alone."""
+
+    def receive_hidden(self, num_tokens: int) -> Tensor | None:
+        return None
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        pass
+
+    def send_tokens(self, tokens: Tensor) -> None:
+        pass
+
+    def receive_tokens(self, num_samples: int) -> Tensor:
+        raise AssertionError("a single stage keeps its own tokens")

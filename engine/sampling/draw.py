@@ -1,0 +1,35 @@
+"""Drawing on a rank that has the whole vocabulary."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.engine.sampling.batch import SampleBatch
+from shoal.engine.sampling.random_numbers import uniforms
+from shoal.kernels.dispatch import Operations
+
+
+class Draw(Protocol):
+    """One token a row, as the contract of kernels' `sample` says, the same on every tensor rank."""
+
+    def __call__(self, logits: Tensor, batch: SampleBatch) -> Tensor:
+        """logits [samples, columns of this rank] float32 -> token ids [samples] int64, without waiting for them."""
+        ...
+
+
+class WholeVocabularyDraw:
+    """A Draw of a rank that is alone."""
+
+    def __init__(self, ops: Operations) -> None:
+        self._sample = ops.sample
+
+    def __call__(self, logits: Tensor, batch: SampleBatch) -> Tensor:
+        is_greedy = not batch.temperature.any()
+        # [samples] float32; greedy rows do not look at it
+        draws = batch.temperature if is_greedy else uniforms(batch.seeds, batch.streams, batch.positions)
+        settings = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, draws)
+        tensors = [torch.from_numpy(values).to(logits.device, non_blocking=True) for values in settings]
+        return self._sample(logits, *tensors)
