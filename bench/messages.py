@@ -35,6 +35,8 @@ from shoal.engine.group.coordinator import open_group
 from shoal.engine.group.messages import Step, Stepped, decode_from_rank, decode_to_rank, encode
 from shoal.engine.group.processes import ProcessLauncher
 from shoal.engine.group.rank import run_process
+from shoal.engine.parallel.collectives import Collectives
+from shoal.engine.parallel.pipeline import StageLinks
 from shoal.engine.parallel.process_group import ProcessGroup, join_store, open_process_group, open_store
 from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import ContinuedRequest, StepPlan, StepResult
@@ -94,6 +96,7 @@ def processes(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> 
     finally:
         for process in started:
             process.kill()
+        for process in started:
             process.join()
 
 
@@ -103,7 +106,15 @@ def processes(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> 
 class IdleWorker:
     """A rank that holds nothing and answers at once."""
 
-    def __init__(self, config: EngineConfig, topology: Topology, *connections: object, ranks_on_host: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        topology: Topology,
+        collectives: Collectives,
+        links: StageLinks,
+        *,
+        ranks_on_host: int,
+    ) -> None:
         self._topology = topology
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
@@ -217,12 +228,24 @@ class Mailbox:
     """One message in shared memory: its number, its length, its bytes. The number is written last."""
 
     def __init__(self, name: str | None = None) -> None:
-        self.memory = SharedMemory(name, create=name is None, size=ROOM)
-        self._counters = self.memory.buf[:16].cast("q")  # number, length
+        self._memory = SharedMemory(name, create=name is None, size=ROOM)
+        assert self._memory.buf is not None
+        self._bytes = self._memory.buf
+        self._counters = self._bytes[:16].cast("q")  # number, length
         self._number = 0
 
+    @property
+    def name(self) -> str:
+        return self._memory.name
+
+    def remove(self) -> None:
+        self._counters.release()
+        self._bytes.release()
+        self._memory.close()
+        self._memory.unlink()
+
     def put(self, data: bytes) -> None:
-        self.memory.buf[16 : 16 + len(data)] = data
+        self._bytes[16 : 16 + len(data)] = data
         self._counters[1] = len(data)
         self._number += 1
         self._counters[0] = self._number
@@ -234,7 +257,7 @@ class Mailbox:
             looks += 1
             if looks > SPINS:
                 time.sleep(NAP_S)
-        return bytes(self.memory.buf[16 : 16 + self._counters[1]])
+        return bytes(self._bytes[16 : 16 + self._counters[1]])
 
 
 def shared_memory_rank(plans_name: str, results_name: str | None) -> None:
@@ -248,8 +271,8 @@ def shared_memory_rank(plans_name: str, results_name: str | None) -> None:
 @contextmanager
 def shared_memory(num_ranks: int) -> Iterator[RunStep]:
     plans, results = Mailbox(), Mailbox()
-    names = [results.memory.name if rank == num_ranks - 1 else None for rank in range(num_ranks)]
-    with processes(shared_memory_rank, [(plans.memory.name, name) for name in names]):
+    names = [results.name if rank == num_ranks - 1 else None for rank in range(num_ranks)]
+    with processes(shared_memory_rank, [(plans.name, name) for name in names]):
 
         def carry(data: bytes) -> bytes:
             plans.put(data)
@@ -257,7 +280,7 @@ def shared_memory(num_ranks: int) -> Iterator[RunStep]:
 
         yield through(carry)
     for mailbox in (plans, results):
-        mailbox.memory.unlink()
+        mailbox.remove()
 
 
 # -- gloo -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ import inspect
 
 import shoal.engine
 from shoal.cluster.cli import build_parser
-from shoal.cluster.config import ClusterConfig, EngineSettings, HttpSettings, ModelSettings, RaySettings
+from shoal.cluster.config import (
+    ClusterConfig,
+    EngineSettings,
+    HttpSettings,
+    ModelSettings,
+    NodeSettings,
+    RaySettings,
+)
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine import LLM, SamplingParams
 from shoal.engine.config import EngineOptions

@@ -83,11 +83,11 @@ class ReplicaBackend:
         return Counter(deployment.replica_states if deployment is not None else ())
 
     async def _ask_all(self, method: str) -> list[Any]:
-        """What every replica answers, past their queues; without those that fail, all or nothing in time."""
+        """What every replica answers, past their queues; without those that fail or are too late."""
+        asked = self._handle.broadcast(method)
         try:
-            answers = await self._handle.broadcast(method).results_async(
-                timeout_s=ASK_TIMEOUT_S, return_exceptions=True
-            )
+            # Not results_async: that one is all or nothing in time, and a replica that is cut off answers nobody.
+            answers = await asyncio.to_thread(asked.results, timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
         except (TimeoutError, DeploymentUnavailableError):
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -21,7 +21,6 @@ from shoal.engine.config import ConfigError
 from shoal.engine.executor import EngineFactory, ExecutorError
 from shoal.engine.group.coordinator import group_engine
 from shoal.engine.streaming import AsyncEngine
-from shoal.engine.worker import local_engine
 
 log = logging.getLogger(__name__)
 
@@ -99,5 +98,7 @@ def _engine_factory(model: ModelSettings, rank_resources: Resources) -> EngineFa
     """Raises ConfigError."""
     options = model.options(locate_model(model.model))
     if options.num_ranks == 1:
+        from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
+
         return local_engine(options)
     return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources))

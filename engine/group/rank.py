@@ -175,6 +175,7 @@ class Rank:
                     results.send(encode(Stepped(pending.wait())))
             except Exception as error:
                 self._report(results, error)
+                self._is_stopped.wait()  # a socket that closes takes what it has not sent with it
 
     def _beat(self, timeout_s: float) -> None:
         with self._connect("beats") as beats:

@@ -130,7 +130,7 @@ def load_transformers_model(
     if topology.tensor_size > 1 or topology.num_stages > 1:
         raise ConfigError(
             f"{architecture} runs through transformers' own code, on one rank only: set both parallel sizes to 1",
-            field="tensor_parallel_size",
+            field="tensor_parallel",
         )
     total_bytes = config.model.num_parameters * config.dtype_bytes
     if progress is not None:

@@ -24,7 +24,8 @@ _DIGITS = 1 << _DIGIT_BITS
 class SplitVocabularyDraw:
     """A Draw of one of several ranks.
 
-    For each row a rank sends 2 numbers, 2 more where it is not greedy, and 1024 for each of top_k and top_p.
+    For each row a rank sends 2 numbers, 2 more where it is not greedy, k more for top_k (the largest of the
+    step's) and 1025 more for top_p.
     """
 
     def __init__(self, vocab_size: int, topology: Topology, collectives: Collectives) -> None:
@@ -64,9 +65,9 @@ class SplitVocabularyDraw:
         rows = _to_device(chosen, logits.device)
         own = logits[rows]
         highest = torch.topk(own, min(int(top_k[chosen].max()), own.shape[1]), sorted=False).values
-        ones = torch.ones_like(highest, dtype=torch.float64)
-        lowest = self._lowest_kept(_ordered_keys(highest), ones, _column(top_k[chosen], logits.device))
-        weights[rows] = weights[rows].masked_fill_(_ordered_keys(own) < lowest, 0.0)
+        ordered = self._all_gather(highest).sort(dim=1, descending=True).values  # [rows, ranks * k]
+        lowest = ordered.gather(1, _to_device(top_k[chosen].astype(np.int64) - 1, logits.device).unsqueeze(1))
+        weights[rows] = weights[rows].masked_fill_(own < lowest, 0.0)
 
     def _keep_top_p(self, weights: Tensor, logits: Tensor, top_p: npt.NDArray[np.float32]) -> None:
         """Drop weights [rows, columns] in place."""

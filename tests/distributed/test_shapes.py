@@ -46,8 +46,8 @@ MODELS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = 
     "experts": (transformers.Qwen3MoeConfig, EXPERTS),
 }
 SETTINGS = {
-    "greedy": SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2),
-    "drawn": SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=3, max_tokens=12, ignore_eos=True, logprobs=2),
+    "greedy": SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True),
+    "drawn": SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=3, max_tokens=6, ignore_eos=True, logprobs=2),
 }
 
 Answer = tuple[list[int], list[TokenLogprobs]]
@@ -71,7 +71,7 @@ def make_launcher(request: pytest.FixtureRequest, thread_launcher: Callable[[], 
 
 def prompts() -> list[list[int]]:
     numbers = random.Random(0)
-    return [[numbers.randrange(3, 199) for _ in range(numbers.randrange(2, 40))] for _ in range(8)]
+    return [[numbers.randrange(3, 199) for _ in range(numbers.randrange(2, 40))] for _ in range(6)]
 
 
 def options(checkpoint: Path, **fields: Any) -> EngineOptions:

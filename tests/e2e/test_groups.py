@@ -24,13 +24,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 SHAPE = ("--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "256MiB")
 ERROR_BOUND_S = 5.0  # from the end of a rank's process to the error at every client of its group
+HEARTBEAT_TIMEOUT_S = 10.0  # the default
 RETURN_BOUND_S = 60.0  # from there to the next answer, on a busy two-core machine
 PROMPT = "The first ten prime numbers are"
 
 
 @pytest.fixture(scope="module")
 def group(make_server: Callable[..., Any]) -> Iterator[Any]:
+    """A server whose first group loses a rank while it loads."""
     with make_server(*SHAPE) as server:
+        server.wait_for("starting ranks")
+        while not (loading := rank_processes(server)):
+            assert server.process.poll() is None, server.output
+            time.sleep(0.05)
+        kill(max(loading))
         server.wait_for("ready after")
         yield server
 
@@ -166,20 +173,62 @@ def test_a_rank_killed_while_decoding_fails_its_clients_and_the_group_comes_back
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.soak)])
-def test_a_rank_killed_in_prefill_and_one_of_the_next_group_while_it_loads(group: Any, stage: int) -> None:
+def test_a_rank_killed_in_prefill_fails_its_clients_and_the_group_comes_back(group: Any, stage: int) -> None:
     expected = until_answering(group)
     pids = {rank["stage"]: rank["pid"] for rank in ranks(group)}
     waiting = clients(group, 2, prompt="word " * 7000, max_tokens=4)
     time.sleep(0.5)
     killed_s = kill(pids[stage])
     check_ended(waiting, killed_s)
+    assert until_answering(group) == expected
+    print(f"prefill, stage {stage}: errors after {last_end(waiting) - killed_s:.2f} s, "
+          f"next answer after {time.monotonic() - killed_s:.2f} s")  # fmt: skip
+
+
+@pytest.mark.soak
+def test_a_rank_of_a_new_group_killed_while_it_loads_only_costs_time(group: Any) -> None:
+    expected = until_answering(group)
+    pids = {rank["stage"]: rank["pid"] for rank in ranks(group)}
+    killed_s = kill(pids[0])
     while not (loading := rank_processes(group) - set(pids.values())):
         assert time.monotonic() < killed_s + RETURN_BOUND_S, "no new group"
         time.sleep(0.05)
     kill(loading.pop())
     assert until_answering(group) == expected
-    print(f"prefill, stage {stage}: errors after {last_end(waiting) - killed_s:.2f} s, "
-          f"next answer, one more kill later, after {time.monotonic() - killed_s:.2f} s")  # fmt: skip
+    print(f"decode and then load: next answer after {time.monotonic() - killed_s:.2f} s")
+
+
+@pytest.mark.soak
+def test_a_rank_that_hangs_is_a_dead_one(group: Any) -> None:
+    expected = until_answering(group)
+    waiting = clients(group, 2)
+    assert all(client.has_begun.wait(30) for client in waiting)
+    (stopped, *_) = (rank["pid"] for rank in ranks(group))
+    os.kill(stopped, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    check_ended(waiting, stopped_s + HEARTBEAT_TIMEOUT_S)
+    assert until_answering(group) == expected
+    print(f"SIGSTOP: errors after {last_end(waiting) - stopped_s:.2f} s, "
+          f"next answer after {time.monotonic() - stopped_s:.2f} s")  # fmt: skip
+    assert stopped not in rank_processes(group)
+
+
+@pytest.mark.soak
+def test_other_groups_do_not_notice(make_server: Callable[..., Any]) -> None:
+    with make_server(*SHAPE, "--replicas", "2") as server:
+        server.wait_for("ready after")
+        waiting = clients(server, 8, max_tokens=200)
+        assert all(client.has_begun.wait(60) for client in waiting)
+        killed_s = kill(ranks(server)[0]["pid"])
+        for client in waiting:
+            client.join(120)
+        failed = [client.outcome for client in waiting if client.outcome.error_code is not None]
+        answered = [client.outcome for client in waiting if client.outcome.error_code is None]
+        assert failed
+        assert {outcome.error_code for outcome in failed} == {"replica_failed"}
+        assert all(outcome.ended_s and outcome.ended_s < killed_s + ERROR_BOUND_S for outcome in failed)
+        assert answered, "no call went to the other group"
+        assert {outcome.text for outcome in answered} == {answered[0].text}
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 1])

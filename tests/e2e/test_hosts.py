@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -51,9 +52,12 @@ class Host:
         self._link = f"shoal-link{number}"
         self._environment = {**os.environ, **environment}
 
-    def make(self) -> None:
+    def make(self, undo: contextlib.ExitStack) -> None:
         _ip("netns", "add", self.name)
+        undo.callback(_ip, "netns", "del", self.name)
         _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        undo.callback(_ip, "link", "del", self._link)
+        undo.callback(self.kill)
         _ip("link", "set", self._link, "master", _BRIDGE, "up")
         _ip("-n", self.name, "addr", "add", f"{self.address}/24", "dev", "eth0")
         _ip("-n", self.name, "link", "set", "eth0", "up")
@@ -90,10 +94,6 @@ class Host:
             assert time.monotonic() < deadline, pids
             time.sleep(0.05)
 
-    def remove(self) -> None:
-        self.kill()
-        _ip("netns", "del", self.name)
-
     def _in_it(self, command: tuple[str, ...]) -> list[str]:
         return ["ip", "netns", "exec", self.name, *command]
 
@@ -112,8 +112,7 @@ class Hosts:
             _ip("addr", "add", f"{_NETWORK}.254/24", "dev", _BRIDGE)
             _ip("link", "set", _BRIDGE, "up")
             for host in self._hosts:
-                host.make()
-                self._undo.callback(host.remove)
+                host.make(self._undo)
         except BaseException:
             self._undo.close()
             raise
@@ -129,7 +128,8 @@ class Hosts:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
 _MISSING = missing()
@@ -137,13 +137,15 @@ pytestmark = [pytest.mark.soak, pytest.mark.skipif(_MISSING is not None, reason=
               pytest.mark.timeout(900)]  # fmt: skip
 
 PORT = 8000
+WORKER = {"role": "worker"}
 ERROR_BOUND_S = 20.0  # from the loss of a host to the answer or the error at every client
+START_BOUND_S = 240.0
 RETURN_BOUND_S = 120.0  # to the first answer of a new group, on a busy two-core machine
 CONFIG = f"""
 models:
   - name: {EMBEDDED_MODEL}
     pipeline_parallel: 2
-    nodes: {{stages: strict_spread}}
+    nodes: {{stages: strict_spread, labels: LABELS}}
     engine: {{num_threads: 1, kv_memory: 256MiB, device: cpu}}
 http: {{host: 0.0.0.0, port: {PORT}}}
 ray: {{address: "ADDRESS"}}
@@ -151,7 +153,7 @@ ray: {{address: "ADDRESS"}}
 
 
 class Cluster:
-    """Ray on all hosts, and `shoal serve` on the first."""
+    """Ray on all hosts; all but the first are labelled as workers."""
 
     def __init__(self, hosts: Hosts, folder: Path) -> None:
         self.head, *self.others = hosts
@@ -165,19 +167,27 @@ class Cluster:
         for host in self.others:
             self.join(host)
         print(f"\nRay on {1 + len(self.others)} hosts: {time.monotonic() - begin:.1f} s")
-        config = self._folder / "cluster.yaml"
-        config.write_text(CONFIG.replace("ADDRESS", self._address))
+
+    @contextlib.contextmanager
+    def serving(self, labels: list[dict[str, str]]) -> Iterator[None]:
+        """`shoal serve` on the head, with a label selector for each stage."""
+        config, log = self._folder / "cluster.yaml", self._folder / "serve.txt"
+        config.write_text(CONFIG.replace("ADDRESS", self._address).replace("LABELS", json.dumps(labels)))
         begin = time.monotonic()
-        log = self._folder / "serve.txt"
         server = self.head.start(log, sys.executable, "-m", "shoal.cluster.cli", "serve", str(config))
-        while "ready after" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < begin + 240, log.read_text()
-            time.sleep(0.2)
-        print(f"shoal serve: ready after {time.monotonic() - begin:.1f} s")
+        try:
+            while "ready after" not in log.read_text():
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < begin + START_BOUND_S, log.read_text()
+                time.sleep(0.2)
+            print(f"shoal serve: ready after {time.monotonic() - begin:.1f} s")
+            yield
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
 
     def join(self, host: Host) -> None:
-        host.run(*self._ray(host), f"--address={self._address}")
+        host.run(*self._ray(host), f"--address={self._address}", "--labels", f"role={WORKER['role']}")
 
     def group_hosts(self) -> dict[int, Host]:
         """The host of each stage of the running group."""
@@ -199,7 +209,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    environment = {**NODE_CHECK_ENV, "RAY_worker_niceness": "0"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**NODE_CHECK_ENV, **token, "RAY_worker_niceness": "0"}
     with Hosts(3, environment) as hosts:
         cluster = Cluster(hosts, tmp_path_factory.mktemp("hosts"))
         cluster.start()
@@ -207,18 +218,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class Client(threading.Thread):
-    """Streams a long completion until it ends, whichever way."""
+    """Streams a completion until it ends, whichever way."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
-        self._url = url
+        self._request = completion(url, max_tokens, is_stream=True)
         self.has_begun = threading.Event()
         self.error: str | None = None
         self.ended_s: float | None = None
 
     def run(self) -> None:
         try:
-            with urllib.request.urlopen(completion(self._url, 4000, is_stream=True), timeout=120) as response:
+            with urllib.request.urlopen(self._request, timeout=120) as response:
                 for line in response:
                     self.has_begun.set()
                     if line.startswith(b'data: {"error"'):
@@ -250,34 +261,40 @@ def until_answering(url: str, deadline_s: float) -> str:
             time.sleep(0.2)
 
 
+# The coordinator is with the first stage.
+@pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("loss", [Host.kill, Host.cut])
-def test_a_lost_host_hangs_nobody_and_a_new_group_serves(cluster: Cluster, loss: Callable[[Host], None]) -> None:
-    expected = until_answering(cluster.url, time.monotonic() + RETURN_BOUND_S)
-    stages = cluster.group_hosts()
-    assert len({host.name for host in stages.values()}) == 2
-    lost_stage, lost = next((stage, host) for stage, host in stages.items() if host is not cluster.head)
-    waiting = [Client(cluster.url) for _ in range(3)]
-    for client in waiting:
-        client.start()
-    assert all(client.has_begun.wait(60) for client in waiting)
-    loss(lost)
-    lost_s = time.monotonic()
-    late = Client(cluster.url)  # after the loss, before anybody has noticed
-    late.start()
-    for client in waiting:
-        client.join(max(0.0, lost_s + ERROR_BOUND_S - time.monotonic()))
-        assert client.ended_s is not None, "a client hangs"
-        assert client.error == "replica_failed", client.error
-    assert until_answering(cluster.url, lost_s + RETURN_BOUND_S) == expected
-    answered_s = time.monotonic()
-    late.join(RETURN_BOUND_S)
-    assert late.ended_s is not None or late.has_begun.is_set(), "the client that came late hangs"
-    assert lost not in cluster.group_hosts().values()
-    print(
-        f"{loss.__name__} of the host of stage {lost_stage} ({lost.name}): errors after "
-        f"{max(client.ended_s or 0.0 for client in waiting) - lost_s:.1f} s, "
-        f"a new group answers after {answered_s - lost_s:.1f} s"
-    )
+def test_a_lost_host_hangs_nobody_and_a_new_group_serves(
+    cluster: Cluster, loss: Callable[[Host], None], stage: int
+) -> None:
+    with cluster.serving([WORKER if stage == 0 else {}, WORKER if stage == 1 else {}]):
+        expected = until_answering(cluster.url, time.monotonic() + RETURN_BOUND_S)
+        hosts = cluster.group_hosts()
+        lost = hosts[stage]
+        assert lost is not hosts[1 - stage]
+        waiting = [Client(cluster.url, max_tokens=4000) for _ in range(3)]
+        for client in waiting:
+            client.start()
+        assert all(client.has_begun.wait(60) for client in waiting)
+        loss(lost)
+        lost_s = time.monotonic()
+        late = Client(cluster.url, max_tokens=8)  # after the loss, before anybody has noticed
+        late.start()
+        for client in waiting:
+            client.join(max(0.0, lost_s + ERROR_BOUND_S - time.monotonic()))
+            assert client.ended_s is not None, "a client hangs"
+            assert client.error == "replica_failed", client.error
+        assert until_answering(cluster.url, lost_s + RETURN_BOUND_S) == expected
+        answered_s = time.monotonic()
+        late.join(max(0.0, lost_s + RETURN_BOUND_S - time.monotonic()))
+        assert late.ended_s is not None, "the client that came late hangs"
+        assert lost not in cluster.group_hosts().values()
+        print(
+            f"{loss.__name__} of the host of stage {stage}: errors after "
+            f"{max(client.ended_s or 0.0 for client in waiting) - lost_s:.1f} s, "
+            f"the late client {'an error' if late.error else 'an answer'} after {late.ended_s - lost_s:.1f} s, "
+            f"a new group answers after {answered_s - lost_s:.1f} s"
+        )
     lost.kill()
     lost.join_again()
     cluster.join(lost)

@@ -1,0 +1,45 @@
+"""What Serve is told about the place of a replica."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shoal.cluster.app import build_app, num_cpus
+from shoal.cluster.config import parse_config
+
+
+def replica(**model: Any) -> Any:
+    """Serve's own view of the replica deployment of a model with these settings."""
+    engine = {"device": "cpu", "num_threads": 3, **model.pop("engine", {})}
+    config = parse_config({"models": [{"name": "m", "engine": engine, **model}]})
+    deployments = build_app(config)._bound_deployment.init_args[2]
+    return deployments["m"]._bound_deployment._replica_config
+
+
+def test_a_single_rank_is_one_actor_with_its_threads_and_labels() -> None:
+    config = replica(nodes={"labels": {"zone": "a"}})
+    assert config.placement_group_bundles is None
+    assert (config.ray_actor_options["num_cpus"], config.ray_actor_options["num_gpus"]) == (3, 0)
+    assert config.ray_actor_options["label_selector"] == {"zone": "a"}
+    assert config.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_group_is_a_placement_group_with_its_coordinator_in_the_first_bundle() -> None:
+    config = replica(
+        tensor_parallel=2,
+        pipeline_parallel=2,
+        nodes={"stages": "spread", "labels": [{"zone": "a"}, {"zone": "b"}]},
+        engine={"device": "cuda"},
+    )
+    assert config.placement_group_bundles == [{"CPU": 3, "GPU": 2}, {"CPU": 2, "GPU": 2}]
+    assert config.placement_group_strategy == "SPREAD"
+    assert config.placement_group_bundle_label_selector == [{"zone": "a"}, {"zone": "b"}]
+    assert (config.ray_actor_options["num_cpus"], config.ray_actor_options.get("num_gpus", 0)) == (1, 0)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [({}, 3), ({"tensor_parallel": 2, "pipeline_parallel": 2}, 12)])
+def test_the_cpus_of_a_replica_are_those_of_its_ranks(shape: dict[str, int], expected: float) -> None:
+    config = parse_config({"models": [{"name": "m", "engine": {"device": "cpu", "num_threads": 3}, **shape}]})
+    assert num_cpus(config.models[0]) == expected
