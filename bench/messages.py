@@ -260,26 +260,24 @@ class Mailbox:
         return bytes(self._bytes[16 : 16 + self._counters[1]])
 
 
-def shared_memory_rank(plans_name: str, results_name: str | None) -> None:
-    plans, results = Mailbox(plans_name), Mailbox(results_name) if results_name is not None else None
+def shared_memory_rank(plans_name: str, results_name: str) -> None:
+    plans, results = Mailbox(plans_name), Mailbox(results_name)
     while True:
-        answer = reply(plans.take())
-        if results is not None:
-            results.put(answer)
+        results.put(reply(plans.take()))
 
 
 @contextmanager
 def shared_memory(num_ranks: int) -> Iterator[RunStep]:
-    plans, results = Mailbox(), Mailbox()
-    names = [results.name if rank == num_ranks - 1 else None for rank in range(num_ranks)]
-    with processes(shared_memory_rank, [(plans.name, name) for name in names]):
+    plans, results = Mailbox(), [Mailbox() for _ in range(num_ranks)]
+    with processes(shared_memory_rank, [(plans.name, each.name) for each in results]):
 
         def carry(data: bytes) -> bytes:
             plans.put(data)
-            return results.take()
+            # All answer, as a plan must not be written over before everyone has read it.
+            return [each.take() for each in results][-1]
 
         yield through(carry)
-    for mailbox in (plans, results):
+    for mailbox in (plans, *results):
         mailbox.remove()
 
 
@@ -340,9 +338,11 @@ class RayRank:
 
 @contextmanager
 def ray_actors(num_ranks: int) -> Iterator[list[Any]]:
-    ray.init(num_cpus=num_ranks, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=num_ranks, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        yield [ray.remote(RayRank).remote() for _ in range(num_ranks)]
+        actors = [ray.remote(RayRank).remote() for _ in range(num_ranks)]
+        ray.get([actor.step.remote(encode(Step(a_plan(1)))) for actor in actors])  # they are up
+        yield actors
     finally:
         ray.shutdown()
 
@@ -408,7 +408,7 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="default: all")
     parser.add_argument("--results", type=Path, default=machine.RESULTS, help="folder (default: %(default)s)")
     given = parser.parse_args()
-    repeats = 100 if given.quick else 2000
+    repeats = 100 if given.quick else 1000
     result: dict[str, Any] = {"machine": machine.facts(threads=1), "steps": repeats}
     print(
         f"{'µs: median / 99th percentile':20}" + "".join(f"{n:>9} ranks" for n in RANK_COUNTS for _ in REQUEST_COUNTS)
@@ -422,7 +422,7 @@ def main() -> None:
                 }
         cells = [cell for by_count in result[name].values() for cell in by_count.values()]
         print(f"{name:20}" + "".join(f"{c['median_us']:>8.0f}/{c['p99_us']:<6.0f}" for c in cells), flush=True)
-    machine.write_result(given.results, "messages", result)
+        machine.write_result(given.results, "messages", result)
 
 
 if __name__ == "__main__":

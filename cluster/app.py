@@ -7,6 +7,7 @@ the configuration's keys as `args`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -58,7 +59,7 @@ def build_app(
         name="gateway",
         num_replicas=config.gateways,
         max_ongoing_requests=100_000,  # calls wait in front of a replica, where the engine can see them
-        ray_actor_options={"num_cpus": 0},  # shares the cores that are left
+        ray_actor_options={"num_cpus": 0, **_label_selector(config.gateway_labels)},  # shares the cores that are left
         logging_config=LOGGING,
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
@@ -137,7 +138,7 @@ def _where(model: ModelSettings) -> dict[str, Any]:
     if model.num_ranks == 1:
         (labels,) = placement.label_selectors
         actor = {"num_cpus": rank.num_cpus, "num_gpus": rank.num_gpus, "runtime_env": environment}
-        return {"ray_actor_options": actor | ({"label_selector": dict(labels)} if labels else {})}
+        return {"ray_actor_options": actor | _label_selector(labels)}
     coordinator = _coordinator_resources(model, rank)
     return {
         "ray_actor_options": {"num_cpus": coordinator.num_cpus, "runtime_env": environment},
@@ -145,3 +146,8 @@ def _where(model: ModelSettings) -> dict[str, Any]:
         "placement_group_strategy": placement.strategy,
         "placement_group_bundle_label_selector": [dict(labels) for labels in placement.label_selectors],
     }
+
+
+def _label_selector(labels: Mapping[str, str]) -> dict[str, Any]:
+    """As an option of a Ray actor; Ray takes no empty one."""
+    return {"label_selector": dict(labels)} if labels else {}

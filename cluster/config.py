@@ -203,6 +203,7 @@ class ClusterConfig(Settings):
     models: tuple[ModelSettings, ...] = Field(default=(ModelSettings(name=EMBEDDED_MODEL),), min_length=1)
     http: HttpSettings = HttpSettings()
     gateways: int = Field(default=1, ge=1)
+    gateway_labels: dict[str, str] = Field(default={}, description="a Ray label selector: the nodes for gateways")
     ray: RaySettings = RaySettings()
 
     @field_validator("models")

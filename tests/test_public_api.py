@@ -106,7 +106,7 @@ def test_commands_and_their_options() -> None:
 
 
 def test_keys_of_a_configuration_file() -> None:
-    assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "ray"}
+    assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "gateway_labels", "ray"}
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "resources", "max_ongoing_requests", "max_queued_requests",

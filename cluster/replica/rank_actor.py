@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ray
-
 from shoal.engine.group.launcher import RankStart
 from shoal.engine.group.rank import rank_main
 
 
 class RankActor:
-    """Lives for one call: the rank's whole life."""
+    """Lives for one call, which is the rank's whole life and ends with the process."""
 
     def run(self, start: RankStart) -> None:
-        """Be the rank until its coordinator lets it go. The process ends with it."""
         rank_main(start)
-        ray.actor.exit_actor()

@@ -239,7 +239,8 @@ def _address_towards(address: str) -> str:
 
 def _exit(reason: str) -> None:
     """End this process now: nothing of it is worth waiting for."""
-    print(reason, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # who read this may be gone too
+        print(reason, file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -71,6 +71,7 @@ class RankGroup:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a rank that has gone is an error
         self._socket.setsockopt(zmq.RCVTIMEO, int(POLL_S * 1e3))
         self._lock = threading.Lock()  # guards the socket and the members
+        self._closing = threading.Lock()  # libzmq does not survive two threads that end one context
         self._heard: deque[tuple[int, FromRank]] = deque()
         self._error: Exception | None = None
         self._is_closed = threading.Event()
@@ -147,14 +148,16 @@ class RankGroup:
         """Kill the ranks and free everything, within about a second."""
         self._is_closed.set()
         self._give_up(ExecutorError("the replica group is closed"))
-        with self._lock:
-            self._socket.close()
-        if threading.current_thread() is not self._watch:
+        with self._closing:
+            if self._context.closed:
+                return
+            with self._lock:
+                self._socket.close()
             self._watch.join()
-        self._context.term()
-        deadline_s = time.monotonic() + END_S
-        while time.monotonic() < deadline_s and any(m.handle.exit_reason() is None for m in self._members):
-            time.sleep(0.005)
+            self._context.term()
+            deadline_s = time.monotonic() + END_S
+            while time.monotonic() < deadline_s and any(m.handle.exit_reason() is None for m in self._members):
+                time.sleep(0.005)
 
     # -- under the lock ----------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from shoal.engine.request import BlockId, RequestId, SamplingParams
 HEARTBEAT_TIMEOUT_S = 3.0
 # From a rank's end to the error: a poll is 0.1 s, the rest is for a machine that does much besides.
 PROMPT_S = 3.0
-SHAPES = ((1, 2), (2, 1))  # tensor_parallel, pipeline_parallel
+TENSOR, PIPELINE = (2, 1), (1, 2)  # tensor_parallel, pipeline_parallel
 PROMPT_TOKENS = 1000
 
 
@@ -133,9 +133,11 @@ def generate(executor: GroupExecutor) -> None:
     decode(executor, stop=lambda: False)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("what", "delay_s"), [(idle, 0.1), (prefill, 0.3), (generate, 2.0)])
+@pytest.mark.parametrize(
+    ("shape", "what", "delay_s"),
+    [(PIPELINE, idle, 0.1), (PIPELINE, prefill, 0.3), (PIPELINE, generate, 2.0), (TENSOR, generate, 2.0)],
+)
 def test_a_rank_that_is_killed_ends_its_group_at_once(
     shape: tuple[int, int], rank: int, what: Callable[[GroupExecutor], None], delay_s: float
 ) -> None:
@@ -158,7 +160,7 @@ def test_a_rank_that_is_killed_while_loading_ends_its_group_at_once(rank: int) -
         if what == "loading weights" and not ended:
             after(0.0, signal.SIGKILL, launcher.ranks[rank].pid, ended)
 
-    with a_group((1, 2), on_progress) as (executor, launcher):
+    with a_group(PIPELINE, on_progress) as (executor, launcher):
         with pytest.raises(ExecutorError, match=rf"rank {rank} .*was killed by signal 9 \(SIGKILL\)"):
             executor.start()
         assert time.monotonic() - ended[0] < PROMPT_S
@@ -168,17 +170,17 @@ def test_a_rank_that_is_killed_while_loading_ends_its_group_at_once(rank: int) -
 def test_a_rank_that_hangs_ends_its_group_when_it_has_been_silent_for_too_long(
     what: Callable[[GroupExecutor], None],
 ) -> None:
-    with a_group((1, 2)) as (executor, launcher):
+    with a_group(PIPELINE) as (executor, launcher):
         executor.start()
         ended: list[float] = []
         after(1.0, signal.SIGSTOP, launcher.ranks[1].pid, ended)
-        with pytest.raises(ExecutorError, match="rank 1 .*has been silent for"):
+        with pytest.raises(ExecutorError, match=r"rank 1 .*has been silent for"):
             what(executor)
         assert time.monotonic() - ended[0] < HEARTBEAT_TIMEOUT_S + PROMPT_S
 
 
 def test_a_plan_that_a_rank_cannot_carry_out_ends_its_group_with_what_was_raised() -> None:
-    with a_group((1, 2)) as (executor, _):
+    with a_group(PIPELINE) as (executor, _):
         executor.start()
         executor.submit(StepPlan(1, finished=(RequestId("nobody"),), num_tokens=1))
         with pytest.raises(ExecutorError, match=r"rank \d \(stage \d, tensor rank 0\) on host .*, pid \d+: \w+Error"):
@@ -225,7 +227,7 @@ def test_ranks_end_with_their_coordinators_process(send: signal.Signals) -> None
 
 
 def test_the_key_stands_in_no_process_list() -> None:
-    with a_group((1, 2)) as (executor, launcher):
+    with a_group(PIPELINE) as (executor, launcher):
         key = executor._group._key.encode()
         for rank in launcher.ranks:
             assert key not in Path(f"/proc/{rank.pid}/cmdline").read_bytes()

@@ -147,13 +147,14 @@ models:
     pipeline_parallel: 2
     nodes: {{stages: strict_spread, labels: LABELS}}
     engine: {{num_threads: 1, kv_memory: 256MiB, device: cpu}}
+gateway_labels: {{role: head}}
 http: {{host: 0.0.0.0, port: {PORT}}}
 ray: {{address: "ADDRESS"}}
 """
 
 
 class Cluster:
-    """Ray on all hosts; all but the first are labelled as workers."""
+    """Ray on all hosts. The gateway is on the first, the head; the others are labelled as workers."""
 
     def __init__(self, hosts: Hosts, folder: Path) -> None:
         self.head, *self.others = hosts
@@ -163,7 +164,7 @@ class Cluster:
 
     def start(self) -> None:
         begin = time.monotonic()
-        self.head.run(*self._ray(self.head), "--head", "--port=6379", "--include-dashboard=false")
+        self.head.run(*self._ray(self.head), "--head", "--port=6379", "--include-dashboard=false", "--labels=role=head")
         for host in self.others:
             self.join(host)
         print(f"\nRay on {1 + len(self.others)} hosts: {time.monotonic() - begin:.1f} s")
@@ -230,8 +231,11 @@ class Client(threading.Thread):
     def run(self) -> None:
         try:
             with urllib.request.urlopen(self._request, timeout=120) as response:
+                self.error = "truncated"
                 for line in response:
                     self.has_begun.set()
+                    if line.startswith(b"data: [DONE]") and self.error == "truncated":
+                        self.error = None
                     if line.startswith(b'data: {"error"'):
                         self.error = json.loads(line.removeprefix(b"data: "))["error"]["code"]
         except urllib.error.HTTPError as error:

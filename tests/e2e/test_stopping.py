@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shoal.cluster.config import EMBEDDED_MODEL
+from shoal.cluster.config import EMBEDDED_MODEL, locate_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 
@@ -57,13 +60,18 @@ def test_ctrl_c_while_starting_leaves_no_process(start_server: Callable[..., Any
     assert "Traceback" not in server.output
 
 
-def test_a_replica_that_cannot_start_says_why_and_stops_everything(start_server: Callable[..., Any]) -> None:
-    server = start_server("--kv-memory", "1000000GiB")  # what is free is known once the weights are loaded
+def test_a_replica_that_cannot_start_says_why_and_stops_everything(
+    start_server: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tmp_path / "tiny.gguf"
+    shutil.copy(locate_model(EMBEDDED_MODEL), model)
+    server = start_server(str(model))
+    server.wait_for("starting 1 x tiny")
+    os.truncate(model, 20_000_000)  # what can be known before is refused before
     assert server.wait(120) == 1
     errors = [line for line in server.output.splitlines() if line.startswith("shoal: error: ")]
     assert len(errors) == 1
-    assert EMBEDDED_MODEL in errors[0]
-    assert "kv" in errors[0].lower()
+    assert f"tiny: {model} is truncated" in errors[0]
     assert server.processes() == {}
     assert "Traceback" not in server.output
 

@@ -104,6 +104,34 @@ def test_kv_write_and_sample(ops):
     assert wide.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+def test_experts(ops, dtype, num_tokens):
+    fast, slow = ops
+    gate_up = (torch.randn(8, 2 * 192, 256, device="cuda") / 16).to(dtype)
+    down = (torch.randn(8, 256, 192, device="cuda") / 14).to(dtype)
+    x = torch.randn(num_tokens, 256, device="cuda").to(dtype)
+    liked = torch.rand(num_tokens, 8, device="cuda")
+    chosen = liked.topk(2).indices.sort().values
+    results = [
+        table.experts(x, table.pack_experts(gate_up.clone(), down.clone()), chosen, liked.gather(1, chosen), "silu")
+        for table in (fast, slow)
+    ]
+    close(*results)
+
+
+def test_nccl_collectives_of_one_rank():
+    """NCCL refuses two ranks on one device; this shows that its communicators can be made and used as values."""
+    from shoal.engine.parallel.process_group import NcclCollectives, open_process_group, open_store
+
+    host = "127.0.0.1"
+    collectives = NcclCollectives(open_process_group("cuda", open_store(host), 0, 1, host, 60.0))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.int64):
+        x = torch.arange(12, device="cuda").view(3, 4).to(dtype)
+        assert torch.equal(collectives.all_reduce(x.clone()), x)
+        assert torch.equal(collectives.all_gather(x), x)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     import transformers
@@ -118,15 +146,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [17, 4096])
-def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens):
+def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is_async):
     import transformers
 
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 990) for _ in range(rng.randrange(5, 90))] for _ in range(16)]
     options = EngineOptions(
         str(checkpoint), dtype="float32", device="cuda", num_blocks=400, max_step_tokens=max_step_tokens,
-        max_running_requests=16,
+        max_running_requests=16, async_scheduling=is_async,
     )  # fmt: skip
     config = resolve_options(options)
     core = EngineCore(config, LocalExecutor(config))

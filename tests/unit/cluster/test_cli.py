@@ -105,6 +105,7 @@ def test_arguments_become_configuration() -> None:
         (["--kv-memory", "much"], "'much' is no amount of memory"),
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
+        (["--tensor-parallel", "4"], "4 tensor ranks cannot share 9 heads with 3 KV heads"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
