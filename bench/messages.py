@@ -126,7 +126,7 @@ class IdleWorker:
     def allocate(self, num_blocks: int) -> int:
         return 0
 
-    def info(self, kv_bytes: int) -> RankInfo:
+    def info(self, kv_bytes: int, node: str) -> RankInfo:
         return RankInfo(self._topology.stage, self._topology.tensor_rank, HOST, 0, "none", 0, 0, 0, 0)
 
     def launch(self, plan: StepPlan) -> _Done:

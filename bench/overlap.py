@@ -158,7 +158,7 @@ class SleepingWorker:
     def allocate(self, num_blocks: int) -> int:
         return 0
 
-    def info(self, kv_bytes: int) -> RankInfo:
+    def info(self, kv_bytes: int, node: str) -> RankInfo:
         return RankInfo(self._topology.stage, self._topology.tensor_rank, "here", 0, "fixed time", 0, 1, 0, 0)
 
     def launch(self, plan: StepPlan) -> Slept:

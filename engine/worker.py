@@ -135,12 +135,12 @@ class Worker:
         )
         return kv.num_bytes
 
-    def info(self, kv_bytes: int) -> RankInfo:
-        """This rank, loaded, with a pool of `kv_bytes`."""
+    def info(self, kv_bytes: int, node: str) -> RankInfo:
+        """This rank, loaded, on host `node` with a pool of `kv_bytes`."""
         return RankInfo(
             stage=self._topology.stage,
             tensor_rank=self._topology.tensor_rank,
-            node=socket.gethostname(),
+            node=node,
             pid=os.getpid(),
             device_name=_device_name(self._config.device),
             first_layer=self._model.layer_range.start,
@@ -179,7 +179,7 @@ class LocalExecutor:
         num_blocks = worker.num_blocks_possible()
         kv_bytes = worker.allocate(num_blocks)
         self._worker = worker
-        return ExecutorInfo(num_blocks, (worker.info(kv_bytes),))
+        return ExecutorInfo(num_blocks, (worker.info(kv_bytes, socket.gethostname()),))
 
     def submit(self, plan: StepPlan) -> None:
         assert self._worker is not None, "start() comes first"

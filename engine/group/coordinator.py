@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, Machine, ModelConfig, resolve
-from shoal.engine.executor import ExecutorError, ExecutorInfo
+from shoal.engine.executor import EngineFactory, ExecutorError, ExecutorInfo, Progress
 from shoal.engine.group.launcher import Launcher
 from shoal.engine.group.messages import (
     Allocate,
@@ -25,19 +25,17 @@ from shoal.engine.group.messages import (
 )
 from shoal.engine.group.rank_group import RankGroup
 from shoal.engine.models.registry import read_model_config
-from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.shapes import check_shape
 
-Progress = Callable[[str, int, int], None]
 _Answer = TypeVar("_Answer", bound=FromRank)
 
+_BOUNDLESS = Machine("cpu", 2**60, 1)  # refuses only what no machine could do
 HELLO_TIMEOUT_S = 180.0  # a rank imports torch first, and its host may have to fetch it from a slow disk
 
 
-def group_engine(
-    options: EngineOptions, launcher: Launcher
-) -> Callable[[Progress], tuple[EngineConfig, GroupExecutor]]:
-    """For AsyncEngine: ranks that `launcher` starts. What it makes raises as `open_group` does."""
+def group_engine(options: EngineOptions, launcher: Launcher) -> EngineFactory:
+    """Ranks that `launcher` starts. What it makes raises as `open_group` does."""
 
     def make(progress: Progress) -> tuple[EngineConfig, GroupExecutor]:
         return open_group(options, launcher, progress)
@@ -48,16 +46,18 @@ def group_engine(
 def open_group(options: EngineOptions, launcher: Launcher, progress: Progress) -> tuple[EngineConfig, GroupExecutor]:
     """Start the ranks, see what they run on, and decide what is open in `options`. Nothing is loaded yet.
 
-    Raises ConfigError for options that cannot work, if possible before anything starts, and ExecutorError, naming the
-    rank, if one does not come up.
+    Raises ConfigError for options that cannot work, before any rank starts where it does not take their machines to
+    know, and ExecutorError, naming the rank, if one does not come up.
     """
     model = read_model_config(options.model)
-    _check_shape(options, model)
+    check_shape(resolve(options, model, _BOUNDLESS), _BOUNDLESS)
     group = RankGroup(options, launcher)
     try:
         nodes = _greet(group, options, progress)
         found = _gather(group, Found, options.step_timeout_s)
-        config = resolve(options, model, _weakest([answer.machine for answer in found], nodes))
+        machine = _weakest([answer.machine for answer in found], nodes)
+        config = resolve(options, model, machine)
+        check_shape(config, machine, ranks_on_host=max(Counter(nodes).values()))
     except BaseException:
         group.close()
         raise
@@ -126,15 +126,6 @@ class _LoadingProgress:
             latest = self._latest.values()
             if len(latest) == self._num_ranks:
                 self._progress("loading weights", sum(m.done for m in latest), sum(m.total for m in latest))
-
-
-def _check_shape(options: EngineOptions, model: ModelConfig) -> None:
-    """Raise ConfigError for what cannot work on any machine."""
-    resolve(options, model, Machine("cpu", 2**40, 1))
-    for rank in range(options.num_ranks):
-        topology = Topology.of_rank(rank, options)
-        topology.layer_range(model.num_layers)
-        topology.head_shard(model.num_heads, model.num_kv_heads)
 
 
 def _greet(group: RankGroup, options: EngineOptions, progress: Progress) -> list[str]:

@@ -75,7 +75,7 @@ class RankWorker(Protocol):
 
     def allocate(self, num_blocks: int) -> int: ...
 
-    def info(self, kv_bytes: int) -> RankInfo: ...
+    def info(self, kv_bytes: int, node: str) -> RankInfo: ...
 
     def launch(self, plan: StepPlan) -> Pending: ...
 
@@ -116,6 +116,8 @@ class Rank:
         self._launched: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._num_steps = 0
         self._host = _address_towards(start.address)
+        # Hosts of a cluster may share a name; an address is their own.
+        self._node = socket.gethostname() if self._host == "127.0.0.1" else self._host
 
     def run(self) -> None:
         """Returns after `stop`."""
@@ -123,7 +125,7 @@ class Rank:
             self._plans = plans
             threads: list[threading.Thread] = []
             try:
-                self._say(Hello(socket.gethostname(), os.getpid()))
+                self._say(Hello(self._node, os.getpid()))
                 welcome = self._hear(Welcome)
                 threads.append(_thread(self._beat, welcome.heartbeat_timeout_s))
                 worker = self._set_up(welcome)
@@ -158,7 +160,7 @@ class Rank:
         worker.load(lambda what, done, total: self._say(Loading(done, total)))
         self._say(Loaded(worker.num_blocks_possible()))
         kv_bytes = worker.allocate(self._hear(Allocate).num_blocks)
-        self._say(Ready(worker.info(kv_bytes)))
+        self._say(Ready(worker.info(kv_bytes, self._node)))
         return worker
 
     def _carry_out_plans(self, worker: RankWorker) -> None:

@@ -35,7 +35,7 @@ MODEL = ModelConfig(
     stored_dtype="float32",
     num_parameters=1,
     eos_token_ids=(0,),
-    hf_config={},
+    hf_config={"intermediate_size": 16},
 )
 
 Do = Callable[[Topology], object]
@@ -78,7 +78,7 @@ class CountingWorker:
         self._script.allocated.append(num_blocks)
         return num_blocks * self._ranks_on_host
 
-    def info(self, kv_bytes: int) -> RankInfo:
+    def info(self, kv_bytes: int, node: str) -> RankInfo:
         topology = self._topology
         return RankInfo(topology.stage, topology.tensor_rank, "here", 1, "none", topology.stage, 1, 7, kv_bytes)
 
