@@ -129,6 +129,9 @@ class IdleWorker:
     def info(self, kv_bytes: int, node: str) -> RankInfo:
         return RankInfo(self._topology.stage, self._topology.tensor_rank, HOST, 0, "none", 0, 0, 0, 0)
 
+    def expect(self, plan: StepPlan) -> None:
+        pass
+
     def launch(self, plan: StepPlan) -> _Done:
         return _Done(answer_to(plan))
 

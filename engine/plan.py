@@ -60,7 +60,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step sampled, in the order of the plans. A request that did not reach its last known token has no entry."""
+    """What one step sampled. A request that did not reach its last known token has no entry."""
 
     step: int
     token_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)

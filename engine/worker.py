@@ -149,8 +149,12 @@ class Worker:
             kv_bytes=kv_bytes,
         )
 
+    def expect(self, plan: StepPlan) -> None:
+        """A plan has come that will be launched behind those expected before it."""
+        self._links.expect_hidden(plan.num_tokens)
+
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Start a step behind those launched before. On a CPU it is done when this returns."""
+        """Start a step that was expected, behind those before. On a CPU it is done when this returns."""
         assert self._runner is not None, "allocate() comes first"
         return self._runner.launch(plan)
 
@@ -184,6 +188,7 @@ class LocalExecutor:
     def submit(self, plan: StepPlan) -> None:
         assert self._worker is not None, "start() comes first"
         self._worker.use_threads()
+        self._worker.expect(plan)
         self._in_flight.append(self._worker.launch(plan))
 
     def collect(self) -> StepResult:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, Machine, ModelConfig, resolve
+from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, Machine, resolve
 from shoal.engine.executor import EngineFactory, ExecutorError, ExecutorInfo, Progress
 from shoal.engine.group.launcher import Launcher
 from shoal.engine.group.messages import (

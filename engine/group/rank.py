@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -76,6 +77,8 @@ class RankWorker(Protocol):
     def allocate(self, num_blocks: int) -> int: ...
 
     def info(self, kv_bytes: int, node: str) -> RankInfo: ...
+
+    def expect(self, plan: StepPlan) -> None: ...
 
     def launch(self, plan: StepPlan) -> Pending: ...
 
@@ -164,8 +167,12 @@ class Rank:
         return worker
 
     def _carry_out_plans(self, worker: RankWorker) -> None:
+        known: deque[StepPlan] = deque()
         while True:
-            pending = worker.launch(self._hear(Step).plan)
+            while not known or self._plans.poll(0):
+                known.append(self._hear(Step).plan)
+                worker.expect(known[-1])
+            pending = worker.launch(known.popleft())
             self._num_steps += 1
             if self._is_answering:
                 self._launched.put(pending)

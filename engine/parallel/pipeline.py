@@ -14,8 +14,14 @@ class StageLinks(Protocol):
     kind arrive in the order in which they were sent.
     """
 
-    def receive_hidden(self, num_tokens: int) -> Tensor | None:
-        """Hidden states [num_tokens, hidden] of the stage before; None on the first stage."""
+    def expect_hidden(self, num_tokens: int) -> None:
+        """One more step is coming, with so many tokens: its hidden states may arrive while others are computed."""
+        ...
+
+    def receive_hidden(self) -> Tensor | None:
+        """Hidden states [tokens, hidden] of the stage before, for the oldest step that was expected; None on the first
+        stage.
+        """
         ...
 
     def send_hidden(self, hidden: Tensor) -> None:
@@ -36,7 +42,10 @@ class StageLinks(Protocol):
 class SingleStage:
     """Links of a stage that is alone."""
 
-    def receive_hidden(self, num_tokens: int) -> Tensor | None:
+    def expect_hidden(self, num_tokens: int) -> None:
+        pass
+
+    def receive_hidden(self) -> Tensor | None:
         return None
 
     def send_hidden(self, hidden: Tensor) -> None:

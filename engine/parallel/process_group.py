@@ -139,15 +139,21 @@ class GroupLinks:
         self._dtype = getattr(torch, config.dtype)
         self._hidden_size = config.model.hidden_size
         self._stages, self._ends = stages, ends
+        self._expected: deque[tuple[Any, Tensor]] = deque()  # hidden states on their way here, oldest first
         # A step's result is out before so many more steps are launched: nothing waits for a send.
         self._hidden_out = _Outbox(stages, config.max_steps_in_flight)
         self._tokens_out = _Outbox(ends, config.max_steps_in_flight + 1)
 
-    def receive_hidden(self, num_tokens: int) -> Tensor | None:
+    def expect_hidden(self, num_tokens: int) -> None:
+        if not self._topology.is_first_stage:
+            hidden = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._device)
+            self._expected.append((self._stages.recv([hidden], self._topology.stage - 1, _TAG), hidden))
+
+    def receive_hidden(self) -> Tensor | None:
         if self._topology.is_first_stage:
             return None
-        hidden = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._device)
-        self._stages.recv([hidden], self._topology.stage - 1, _TAG).wait()
+        work, hidden = self._expected.popleft()
+        work.wait()
         return hidden
 
     def send_hidden(self, hidden: Tensor) -> None:

@@ -94,7 +94,7 @@ class ModelRunner:
             context_lens=self._tensor(batch.context_lens),
             max_query_len=batch.max_query_len,
         )
-        hidden = self._links.receive_hidden(len(batch.input_ids))  # [tokens, hidden]
+        hidden = self._links.receive_hidden()  # [tokens, hidden]
         hidden = self._model.forward(
             self._input_ids(batch), self._tensor(batch.positions), attention, self._kv.layers, hidden
         )

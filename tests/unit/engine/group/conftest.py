@@ -82,6 +82,9 @@ class CountingWorker:
         topology = self._topology
         return RankInfo(topology.stage, topology.tensor_rank, "here", 1, "none", topology.stage, 1, 7, kv_bytes)
 
+    def expect(self, plan: StepPlan) -> None:
+        pass
+
     def launch(self, plan: StepPlan) -> CountedStep:
         self._script.on_launch(self._topology)
         self._plans.append(plan)

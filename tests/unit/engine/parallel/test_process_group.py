@@ -126,8 +126,10 @@ def test_hidden_states_pass_through_the_stages_in_order(tensor_parallel: int, nu
 
     def run(topology: Topology, collectives: Collectives, links: StageLinks) -> list[Tensor]:
         seen = []
+        links.expect_hidden(1)
         for step in range(num_steps):
-            hidden = links.receive_hidden(step + 1)
+            links.expect_hidden(step + 2)  # always one ahead
+            hidden = links.receive_hidden()
             if hidden is None:
                 hidden = torch.full((step + 1, HIDDEN), 100.0 * step + topology.tensor_rank)
             seen.append(hidden)
@@ -142,8 +144,9 @@ def test_hidden_states_pass_through_the_stages_in_order(tensor_parallel: int, nu
 
 def test_hidden_states_arrive_in_the_models_dtype() -> None:
     def run(topology: Topology, collectives: Collectives, links: StageLinks) -> Tensor | None:
+        links.expect_hidden(2)
         links.send_hidden(torch.full((2, HIDDEN), 0.5, dtype=torch.bfloat16))
-        return links.receive_hidden(2)
+        return links.receive_hidden()
 
     _, received = on_ranks(run, pipeline_parallel=2, dtype="bfloat16")
     assert torch.equal(received, torch.full((2, HIDDEN), 0.5, dtype=torch.bfloat16))
