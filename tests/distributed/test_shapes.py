@@ -1,7 +1,7 @@
 """Every shape of a replica group says what one rank says.
 
-Real messages, real gloo, real kernels. In the matrix the ranks are threads of this process (`make soak` takes processes
-as well); the real model runs on processes.
+Real messages, real gloo, real kernels. In the matrix the ranks are threads of this process; `make soak` takes processes
+as well, and those halves of the matrix that `make test` leaves out. The real model runs on processes.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ SETTINGS = {
     "drawn": SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=3, max_tokens=6, ignore_eos=True, logprobs=2),
 }
 
+CHUNK, WHOLE = 9, 1024  # tokens of a step
+QUICK = {("dense", WHOLE, "threads"), ("experts", CHUNK, "threads")}
+
 Answer = tuple[list[int], list[TokenLogprobs]]
 Answers = dict[str, list[Answer]]  # by the name of their settings
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config_class, fields = MODELS[request.param]
     torch.manual_seed(0)
@@ -67,6 +70,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def make_launcher(request: pytest.FixtureRequest, thread_launcher: Callable[[], Launcher]) -> Callable[[], Launcher]:
     return {"threads": thread_launcher, "processes": ProcessLauncher}[request.param]
+
+
+both_models = pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 
 
 def prompts() -> list[list[int]]:
@@ -126,8 +132,22 @@ def alone(checkpoint: Path) -> Iterator[Answers]:
         yield {settings: engine.answer(settings)[0] for settings in SETTINGS}
 
 
-@pytest.mark.parametrize("make_launcher", ["threads", pytest.param("processes", marks=pytest.mark.soak)], indirect=True)
-@pytest.mark.parametrize("max_step_tokens", [9, 1024], ids=["chunks", "whole"])
+@pytest.mark.parametrize(
+    ("checkpoint", "max_step_tokens", "make_launcher"),
+    [
+        pytest.param(
+            model,
+            max_step_tokens,
+            launcher,
+            id=f"{model}-{max_step_tokens}-{launcher}",
+            marks=() if (model, max_step_tokens, launcher) in QUICK else pytest.mark.soak,
+        )
+        for model in MODELS
+        for max_step_tokens in (CHUNK, WHOLE)
+        for launcher in ("threads", "processes")
+    ],
+    indirect=["checkpoint", "make_launcher"],
+)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("tensor_ranks", [1, 2, 3, 4])
 def test_every_shape_says_what_one_rank_says(
@@ -150,6 +170,7 @@ def test_every_shape_says_what_one_rank_says(
                 assert num_cached > 0 or not is_cached
 
 
+@both_models
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage_layers", [(1, 4), (3, 1, 1), (1, 1, 1, 1, 1)])
 def test_uneven_stages_change_no_bit(
@@ -162,6 +183,7 @@ def test_uneven_stages_change_no_bit(
         assert engine.answer("drawn")[0] == expected
 
 
+@both_models
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_pool_that_is_too_small_changes_no_token(
     checkpoint: Path,
