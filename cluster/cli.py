@@ -111,6 +111,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
     model.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that share every layer (default: 1)")
     model.add_argument("--pipeline-parallel", type=int, metavar="N", help="stages of layers (default: 1)")
+    model.add_argument("--stages", metavar="HOW", help="over nodes: pack, spread or strict_spread (default: pack)")
+    model.add_argument(
+        "--node-labels",
+        type=_labels,
+        metavar="KEY=VALUE,...",
+        help="Ray labels of the nodes that it may take",
+    )
     model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
     model.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     model.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
@@ -135,6 +142,13 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
     plan.add_argument("--max-running-requests", type=int, metavar="N", help="requests that run at once")
     plan.add_argument("--json", action="store_true", help="for programs, with every shape")
+
+
+def _labels(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key and equals and value for key, equals, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of labels: write KEY=VALUE, or KEY=VALUE,KEY=VALUE")
+    return {key: value for key, _, value in pairs}
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -184,6 +198,8 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
             "models.0.replicas": args.replicas,
             "models.0.tensor_parallel": args.tensor_parallel,
             "models.0.pipeline_parallel": args.pipeline_parallel,
+            "models.0.nodes.stages": args.stages,
+            "models.0.nodes.labels": args.node_labels,
             "models.0.engine.dtype": args.dtype,
             "models.0.engine.device": args.device,
             "models.0.engine.max_model_len": args.max_model_len,

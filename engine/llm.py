@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from shoal.engine.config import ConfigError, EngineConfig, EngineOptions
 from shoal.engine.core import EngineCore
-from shoal.engine.executor import EngineFactory
+from shoal.engine.executor import EngineFactory, RankInfo
 from shoal.engine.request import (
     EngineStats,
     FinishReason,
@@ -104,6 +104,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._core.max_model_len
+
+    @property
+    def ranks(self) -> tuple[RankInfo, ...]:
+        """Where the model is: one rank in this process, or several in processes of their own."""
+        return self._core.info.ranks
 
     def stats(self) -> EngineStats:
         return self._core.stats()

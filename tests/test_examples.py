@@ -24,6 +24,13 @@ def test_offline_answers() -> None:
     assert "The capital of France is Paris." in run("offline.py")
 
 
+def test_a_pipeline_of_two_processes_answers() -> None:
+    first, second, *answer = run("pipeline.py").splitlines()
+    assert first.partition(": ")[2].startswith("layers 0 to 14")
+    assert second.partition(": ")[2].startswith("layers 15 to 29")
+    assert answer == ["The capital of France is Paris."]
+
+
 def test_parallel_sampling_shares_the_prompt() -> None:
     *samples, counts = run("parallel_sampling.py").splitlines()
     texts = [line.partition(": ")[2] for line in samples]

@@ -96,6 +96,7 @@ def test_commands_and_their_options() -> None:
     assert options == {
         "serve": [
             "--help", "--host", "--port", "--model-name", "--replicas", "--tensor-parallel", "--pipeline-parallel",
+            "--stages", "--node-labels",
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
         ],

@@ -42,15 +42,22 @@ def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int, start: int, collec
     rows, columns = logits.shape
     own_top = torch.topk(logits, min(num_top, columns))
     ids = collectives.all_gather(own_top.indices + start)  # [rows, ranks * top]
-    top = torch.topk(collectives.all_gather(own_top.values), num_top)
+    values = collectives.all_gather(own_top.values)  # [rows, ranks * top]
+    top = torch.topk(values, num_top)
     highest = top.values[:, :1]  # [rows, 1]
 
     column = (tokens - start).unsqueeze(1)  # [rows, 1]
     nearest = column.clamp(0, columns - 1)
     own = logits.gather(1, nearest).masked_fill(nearest != column, -torch.inf)  # [rows, 1]
-    parts = torch.cat((torch.exp(logits - highest).sum(dim=1, keepdim=True), own), dim=1)  # [rows, 2]
-    sums, owns = collectives.all_gather(parts).view(rows, -1, 2).unbind(dim=2)  # [rows, ranks]
-    total = sums.sum(dim=1, keepdim=True).log()  # [rows, 1], above the highest logit
+    # log(sum(exp(logits - the rank's highest))), by log_softmax: torch's sums add up a row in another order where there
+    # are fewer rows.
+    log_sum = -torch.log_softmax(logits, dim=1).gather(1, own_top.indices[:, :1])  # [rows, 1]
+    parts = torch.cat((log_sum, own), dim=1)  # [rows, 2]
+    log_sums, owns = collectives.all_gather(parts).view(rows, -1, 2).unbind(dim=2)  # [rows, ranks]
+    rank_highest = values.view(rows, -1, own_top.values.shape[1])[:, :, 0]  # [rows, ranks]
+    sums = torch.exp(rank_highest - highest + log_sums)  # [rows, ranks]
+    sums.masked_fill_(rank_highest == -torch.inf, 0.0)  # a rank that has nothing but padding
+    total = sums.cumsum(dim=1)[:, -1:].log()  # [rows, 1], above the highest logit
     drawn = owns.amax(dim=1, keepdim=True)
     higher = collectives.all_gather((logits > drawn).sum(dim=1, keepdim=True))  # [rows, ranks]
     return Logprobs(

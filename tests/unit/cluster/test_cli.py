@@ -78,7 +78,7 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["status"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["plan"], ["chat"], ["status"]])
 def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])
@@ -89,12 +89,21 @@ def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture
 def test_arguments_become_configuration() -> None:
     model_arguments = ["--model-name", "tiny", "--dtype", "fp32", "--kv-memory", "1GiB", "--replicas", "2"]
     shape = ["--tensor-parallel", "3", "--pipeline-parallel", "2", "--num-threads", "3"]
-    args = cli.build_parser().parse_args(["serve", "--port", "9001", *model_arguments, *shape])
+    nodes = ["--stages", "strict_spread", "--node-labels", "zone=a,ray.io/accelerator-type=H100"]
+    args = cli.build_parser().parse_args(["serve", "--port", "9001", *model_arguments, *shape, *nodes])
     config = cli.serve_config(args)
     model = config.models[0]
     assert (config.http.port, model.name, model.replicas) == (9001, "tiny", 2)
     assert (model.engine.dtype, model.engine.kv_memory, model.engine.num_threads) == ("fp32", 2**30, 3)
     assert (model.tensor_parallel, model.pipeline_parallel) == (3, 2)
+    assert model.nodes.stages == "strict_spread"
+    assert model.nodes.labels == {"zone": "a", "ray.io/accelerator-type": "H100"}
+
+
+def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--node-labels", "zone"])
+    assert "write KEY=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,7 @@ def test_arguments_become_configuration() -> None:
         (["--kv-memory", "much"], "'much' is no amount of memory"),
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
+        (["--stages", "near"], "models.0.nodes.stages"),
         (["--tensor-parallel", "4"], "4 tensor ranks cannot share 9 heads with 3 KV heads"),
     ],
 )
