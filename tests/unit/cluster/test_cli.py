@@ -114,7 +114,7 @@ def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
         (["--kv-memory", "much"], "'much' is no amount of memory"),
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
-        (["--stages", "near"], "models.0.nodes.stages"),
+        (["--stages", "near"], "models[0].nodes.stages"),
         (["--tensor-parallel", "4"], "4 tensor ranks cannot share 9 heads with 3 KV heads"),
     ],
 )
