@@ -136,8 +136,7 @@ class Scheduler:
         self._step += 1
         num_preemptions = self.counters.preemptions
         most = self._fair_share()
-        continued, num_decoding = self._plan_running(self._step - self._spacing, most)
-        num_tokens = sum([entry.num_new for entry in continued.values()])
+        continued, num_decoding, num_tokens = self._plan_running(self._step - self._spacing, most)
         # Blocks that a preemption freed are for those who ran short, not for the victim again.
         has_room = self.counters.preemptions == num_preemptions
         new, copies = self._admit(self._max_step_tokens - num_tokens, most - num_decoding) if has_room else ([], [])
@@ -163,9 +162,9 @@ class Scheduler:
             return self._max_running
         return -(-min(len(self._running) + len(self._waiting), self._max_running) // self._spacing)
 
-    def _plan_running(self, latest: int, most: int) -> tuple[dict[RequestId, ContinuedRequest], int]:
-        """Entries, and how many of them decode: `most` at most. A request whose token is being sampled by a step after
-        `latest` has to wait for it.
+    def _plan_running(self, latest: int, most: int) -> tuple[dict[RequestId, ContinuedRequest], int, int]:
+        """Entries, how many requests were let decode, `most` at most, and the tokens of all entries. A request whose
+        token is being sampled by a step after `latest` has to wait for it.
         """
         entries: dict[RequestId, ContinuedRequest] = {}
         chunked = []
@@ -184,16 +183,17 @@ class Scheduler:
             num_new = min(request.num_expected - request.num_planned, budget)
             if num_new > 0 and self._continue(request, num_new, entries):
                 budget -= num_new
-        return entries, num_decoding
+        num_tokens = sum([entry.num_new for entry in entries.values()]) if chunked else len(entries)
+        return entries, num_decoding, num_tokens
 
     def _continue(self, request: Request, num_new: int, entries: dict[RequestId, ContinuedRequest]) -> bool:
         """Plan `num_new` tokens of a running request, preempting others for blocks if need be."""
         request_id, start, expected = request.request_id, request.num_planned, request.num_expected
-        if request_id not in self._running:
-            return False  # preempted for another one just now
         new_blocks: tuple[BlockId, ...] = ()
         end = start + num_new
         if end > request.num_slots:
+            if request_id not in self._running:
+                return False  # preempted for another one just now, which has left it no slots
             while not self._kv.grow(request, end):
                 if self._kv.num_deferred_blocks:
                     return False  # blocks are on their way back: wait for the step that still uses them
@@ -225,7 +225,7 @@ class Scheduler:
         """
         del self._running[request.request_id]
         self._leave(request)
-        request.num_computed = request.num_planned = 0
+        request.num_computed = request.num_planned = request.num_slots = 0
         request.num_preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(request)
