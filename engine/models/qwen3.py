@@ -5,14 +5,14 @@ from __future__ import annotations
 from shoal.engine.config import ModelConfig
 from shoal.engine.models.config_fields import activation, count, rotary
 from shoal.engine.models.qwen2 import layer_windows
-from shoal.engine.models.spec import DecoderSpec, Family, GatedMLPSpec
+from shoal.engine.models.spec import DecoderSpec, Family, GatedMLPSpec, MoESpec
 
 
-def _spec(config: ModelConfig) -> DecoderSpec:
+def spec_around(config: ModelConfig, mlp: tuple[GatedMLPSpec | MoESpec, ...]) -> DecoderSpec:
+    """All but the feed-forward layers, which are given."""
     hf = config.hf_config
-    mlp = GatedMLPSpec(count(hf, "intermediate_size"), activation(hf))
     return DecoderSpec(
-        mlp=(mlp,) * config.num_layers,
+        mlp=mlp,
         rotary=(rotary(config),) * config.num_layers,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         query_scale=config.head_dim**-0.5,
@@ -21,6 +21,11 @@ def _spec(config: ModelConfig) -> DecoderSpec:
         has_qk_norm=True,
         is_tied=hf.get("tie_word_embeddings", False),
     )
+
+
+def _spec(config: ModelConfig) -> DecoderSpec:
+    mlp = GatedMLPSpec(count(config.hf_config, "intermediate_size"), activation(config.hf_config))
+    return spec_around(config, (mlp,) * config.num_layers)
 
 
 FAMILY = Family(layer_windows, _spec)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.engine.config import ModelConfig
-from shoal.engine.models.config_fields import activation, count, moe, rotary
+from shoal.engine.models.config_fields import activation, count, moe
+from shoal.engine.models.qwen3 import spec_around
 from shoal.engine.models.spec import DecoderSpec, Family, GatedMLPSpec, MoESpec
 
 
@@ -23,17 +24,7 @@ def _mlp(hf: Mapping[str, Any], layer: int) -> GatedMLPSpec | MoESpec:
 
 
 def _spec(config: ModelConfig) -> DecoderSpec:
-    hf = config.hf_config
-    return DecoderSpec(
-        mlp=tuple(_mlp(hf, layer) for layer in range(config.num_layers)),
-        rotary=(rotary(config),) * config.num_layers,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        query_scale=config.head_dim**-0.5,
-        has_qkv_bias=hf.get("attention_bias", False),
-        has_output_bias=hf.get("attention_bias", False),
-        has_qk_norm=True,
-        is_tied=hf.get("tie_word_embeddings", False),
-    )
+    return spec_around(config, tuple(_mlp(config.hf_config, layer) for layer in range(config.num_layers)))
 
 
 FAMILY = Family(_layer_windows, _spec)
