@@ -34,20 +34,6 @@ class ExecutorInfo:
     num_blocks: int  # KV blocks of every rank, block 0 included
     ranks: tuple[RankInfo, ...]
 
-    @property
-    def kv_bytes(self) -> int:
-        """Of all ranks together."""
-        return sum(rank.kv_bytes for rank in self.ranks)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all ranks together."""
-        return sum(rank.weight_bytes for rank in self.ranks)
-
-    @property
-    def device_name(self) -> str:
-        return self.ranks[0].device_name
-
 
 class ExecutorError(RuntimeError):
     """A rank failed; the replica cannot go on. The message names the rank and what happened to it."""

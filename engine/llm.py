@@ -34,7 +34,7 @@ from shoal.engine.request import (
     TokenLogprobs,
 )
 from shoal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from shoal.engine.worker import local_engine
+from shoal.engine.worker import check_options, local_engine
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -205,6 +205,7 @@ class LLM:
 def _engine_factory(options: EngineOptions) -> EngineFactory:
     if options.num_ranks == 1:
         return local_engine(options)
+    check_options(options)
     from shoal.engine.group.coordinator import group_engine
     from shoal.engine.group.processes import ProcessLauncher
 

@@ -55,6 +55,15 @@ def resolve_options(options: EngineOptions) -> EngineConfig:
     return config
 
 
+def check_options(options: EngineOptions) -> None:
+    """Raise ConfigError for a group that cannot work on this host, before its ranks start.
+
+    A GPU is not asked, because that takes memory of it; there the ranks find out before they load.
+    """
+    if options.device == "cpu" or not torch.cuda.is_available():
+        resolve_options(options)
+
+
 class Worker:
     """One rank. `load()` brings the weights up, `allocate()` the pool; after both, `launch()` starts steps.
 

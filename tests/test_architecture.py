@@ -83,7 +83,8 @@ LAYERS: Mapping[str, set[str]] = {
         "kernels.dispatch",
     },
     # Many ranks: their coordinator is of the host half, a rank's process of both.
-    "engine.group": FACTS | {"engine.executor", "engine.models.registry", "engine.parallel.topology", "engine.shapes"},
+    "engine.group": FACTS
+    | {"engine.executor", "engine.models.registry", "engine.parallel.topology", "engine.shapes", "engine.sizing"},
     "engine.group.rank": FACTS | {"engine.executor", "engine.group", "engine.parallel", "engine.worker"},
     # Fronts.
     "engine.tokenizer": FACTS | {"engine.gguf_header"},

@@ -27,10 +27,11 @@ from shoal.engine.group.rank_group import RankGroup
 from shoal.engine.models.registry import read_model_config
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.shapes import check_shape
+from shoal.engine.sizing import ModelSizing
 
 _Answer = TypeVar("_Answer", bound=FromRank)
 
-_BOUNDLESS = Machine("cpu", 2**60, 1)  # refuses only what no machine could do
+_ANY_MACHINE = Machine("cpu", 2**60, 1)
 HELLO_TIMEOUT_S = 180.0  # a rank imports torch first, and its host may have to fetch it from a slow disk
 
 
@@ -50,7 +51,10 @@ def open_group(options: EngineOptions, launcher: Launcher, progress: Progress) -
     know, and ExecutorError, naming the rank, if one does not come up.
     """
     model = read_model_config(options.model)
-    check_shape(resolve(options, model, _BOUNDLESS), _BOUNDLESS)
+    # What no machine could do is refused here; which shapes fit is known once the ranks have told what they run on.
+    ModelSizing(resolve(options, model, _ANY_MACHINE)).group(
+        options.tensor_parallel, options.pipeline_parallel, options.stage_layers
+    )
     group = RankGroup(options, launcher)
     try:
         nodes = _greet(group, options, progress)

@@ -1,4 +1,4 @@
-"""Drawing over a vocabulary that tensor ranks share. No row of logits leaves its rank.
+"""Drawing over a vocabulary that tensor ranks share. No row of logits leaves its rank, unless top_k asks for as many.
 
 min_p, top_k and top_p each keep the tokens above some logit, so all that ranks must agree on are these thresholds, the
 sums of the weights they keep, and the token. Ties need no care: a token tied with the last one kept is kept by its
