@@ -187,9 +187,11 @@ def test_a_plan_that_a_rank_cannot_carry_out_ends_its_group_with_what_was_raised
             executor.collect()
 
 
-def test_what_a_rank_cannot_load_is_a_config_error(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused_before_any_rank_starts(tmp_path: Path) -> None:
+    launcher = Processes()
     with pytest.raises(ConfigError):
-        open_group(EngineOptions(str(tmp_path), pipeline_parallel=2), Processes(), lambda what, done, total: None)
+        open_group(EngineOptions(str(tmp_path), pipeline_parallel=2), launcher, lambda what, done, total: None)
+    assert launcher.ranks == []
 
 
 def test_what_a_rank_said_before_it_ended_is_quoted() -> None:
