@@ -39,7 +39,7 @@ test: setup ## run all tests but the soak tests
 	@$(BIN)/pytest -q $(ARGS)
 
 soak: setup ## run the tests that take minutes of load
-	@$(BIN)/pytest -q -m soak $(ARGS)
+	@$(BIN)/pytest -q -m soak --hypothesis-profile=default $(ARGS)
 
 lint: setup ## check style and formatting
 	@$(BIN)/ruff check --quiet .

@@ -27,6 +27,9 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE: Literal["cpu", "cuda"] = "cuda" if IS_INTERPRETED else "cpu"
 # Relative and absolute; a unit in the last place of bfloat16, since the interpreter truncates instead of rounding.
 TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2**-7, 2e-2), torch.float16: (2**-9, 4e-3)}
+# How many times over: experts round gate and up, the activation and the sum, and truncations add up instead of
+# cancelling each other (1.6 units were seen).
+ROUNDINGS = {"pack_experts": 3, "experts": 3}
 NAN = float("nan")
 BLOCK_SIZES = [4, 16] if IS_INTERPRETED else [1, 4, 5, 8, 16, 24, 32]
 
@@ -269,7 +272,7 @@ CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
 @given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)))
 def test_operation_equals_its_twin(name: str, data: st.DataObject, dtype: torch.dtype) -> None:
     run = CASES[name](data.draw, dtype)
-    relative, absolute = TOLERANCE[dtype]
+    relative, absolute = (one * ROUNDINGS.get(name, 1) for one in TOLERANCE[dtype])
     for result, expected in zip(run(operations(DEVICE)), run(reference()), strict=True):
         assert result.is_contiguous()
         torch.testing.assert_close(result, expected, rtol=relative, atol=absolute)
