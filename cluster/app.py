@@ -7,18 +7,22 @@ the configuration's keys as `args`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from shoal.cluster.config import ClusterConfig, ModelSettings, parse_config
 from shoal.cluster.gateway.deployment import Gateway
 from shoal.cluster.replica.deployment import Replica
 from shoal.cluster.replica.placement import Placement, Resources, place
+from shoal.cluster.routing.policies import make_policy
+from shoal.cluster.routing.serve_router import ShoalRouter
 
 APP_NAME = "shoal"
 
@@ -33,8 +37,9 @@ HEALTH_CHECK_TIMEOUT_S = 30.0
 LOGGING = LoggingConfig(log_level="INFO", enable_access_log=False)  # /metrics counts requests
 # A rank may die while its group loads: Serve then makes another group. What cannot work at all ends `shoal serve`.
 MAX_STARTS = 3
-DRAIN_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.2
+SCALING_METRICS_PERIOD_S = 2.0
+SCALING_LOOK_BACK_S = 5.0
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -42,16 +47,17 @@ def app(args: dict[str, Any]) -> Application:
     return build_app(parse_config(args, source="args"))
 
 
-def build_app(
-    config: ClusterConfig, *, progress_address: str | None = None, token_ip: str | None = None
-) -> Application:
+def build_app(config: ClusterConfig, *, progress_address: str | None = None, own_ip: str | None = None) -> Application:
     """Gateways in front of one replica deployment per model.
 
-    Replicas tell how their start goes to `progress_address` ("tcp://ip:port"), if one is given. `token_ip` is the
-    address on which each gateway receives tokens; None means its node's own.
+    Replicas tell how their start goes to `progress_address` ("tcp://ip:port"), if one is given. `own_ip` is the
+    address on which gateways and replicas hear each other; None means each node's own. Raises ConfigError for a routing
+    policy that cannot be made here.
     """
+    for model in config.models:
+        make_policy(model.routing.policy, model.routing.options)
     replicas = {
-        model.name: _replica(model, _deployment_name(index, model.name), progress_address)
+        model.name: _replica(model, _deployment_name(index, model.name), progress_address, own_ip)
         for index, model in enumerate(config.models)
     }
     gateway = serve.deployment(
@@ -61,13 +67,13 @@ def build_app(
         max_ongoing_requests=100_000,  # calls wait in front of a replica, where the engine can see them
         ray_actor_options={"num_cpus": 0, **_label_selector(config.gateway_labels)},  # shares the cores that are left
         logging_config=LOGGING,
-        graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=max(model.drain_timeout for model in config.models),
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=1,
     )
-    return gateway.bind(config.models, config.http, replicas, token_ip)
+    return gateway.bind(config.models, config.http, replicas, own_ip)
 
 
 def num_cpus(model: ModelSettings) -> float:
@@ -111,22 +117,55 @@ def _deployment_name(index: int, model: str) -> str:
     return f"replica-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}"
 
 
-def _replica(model: ModelSettings, name: str, progress_address: str | None) -> Application:
+def _replica(model: ModelSettings, name: str, progress_address: str | None, own_ip: str | None) -> Application:
     deployment = serve.deployment(
         Replica,
         name=name,
-        num_replicas=model.replicas,
+        **_how_many(model),
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ShoalRouter, request_router_kwargs=model.routing.model_dump()
+        ),
         logging_config=LOGGING,
-        graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=model.drain_timeout,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
         **_where(model),
     )
-    return deployment.bind(model, _rank_resources(model), progress_address)
+    return deployment.bind(model, _rank_resources(model), progress_address, own_ip)
+
+
+def _how_many(model: ModelSettings) -> dict[str, Any]:
+    """Serve's options for the number of replicas."""
+    scaling = model.autoscaling
+    if scaling is None:
+        return {"num_replicas": model.replicas}
+    serve_policy: dict[str, Any] = {"downscale_to_zero_delay_s": scaling.idle_timeout}
+    if scaling.policy == "latency":
+        arguments = {
+            "ttft_s": model.target_ttft_s,
+            "kv_usage": scaling.target_kv_usage,
+            "idle_timeout_s": scaling.idle_timeout,
+        }
+        policy = AutoscalingPolicy(policy_function="shoal.cluster.autoscaling:LatencyPolicy", policy_kwargs=arguments)
+        # The policy alone decides when.
+        delays = dict.fromkeys(("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"), 0.0)
+        serve_policy = {"policy": policy, "look_back_period_s": SCALING_LOOK_BACK_S, **delays}
+    with warnings.catch_warnings():
+        # Ray 2.60 announces environment variables in place of metrics_interval_s, and does not read them yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            initial_replicas=model.first_replicas,
+            max_replicas=scaling.max_replicas,
+            target_ongoing_requests=scaling.target_ongoing_requests,
+            metrics_interval_s=SCALING_METRICS_PERIOD_S,
+            **serve_policy,
+        )
+    return {"autoscaling_config": config}
 
 
 def _where(model: ModelSettings) -> dict[str, Any]:

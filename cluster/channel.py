@@ -7,17 +7,21 @@ gateway's calls. A message of 32 outputs takes 12 us to encode and 16 us to deco
 
 The answer to the Serve request says how many tokens each sample got, so a lost message is noticed. Between the tokens
 the replica names the calls that it still holds, so a gateway knows a replica that it cannot hear any more.
+
+Replicas publish what they have to do (`LoadReport`) and name the gateways that call them. Gateways tell each other
+where they send requests (`Reserved`, `Held`, `Settled`), to the same sockets that the tokens come to.
 """
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
 from shoal.engine.executor import RankInfo
+from shoal.engine.load import EngineLoad
 from shoal.engine.request import Request, RequestError, RequestId, RequestOutput, SamplingParams
 
 # A message that would have to wait behind this many is dropped: its gateway has stopped reading.
@@ -36,6 +40,7 @@ class GenerateCall:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    session: str = ""  # calls that the client says belong together
 
     @property
     def sample_ids(self) -> tuple[RequestId, ...]:
@@ -93,6 +98,20 @@ class ReplicaFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """What a gateway knows of a replica. None is unknown.
+
+    staleness_s: since its index was known to hold all that the replica had. num_tokens_routed: prompt tokens to compute
+    that this gateway has sent there.
+    """
+
+    seconds_per_prompt_token: float | None
+    num_indexed_blocks: int
+    staleness_s: float | None
+    num_tokens_routed: int
+
+
+@dataclass(frozen=True, slots=True)
 class GroupStatus:
     """One replica group as `shoal status` shows it. One that is not up yet has neither a label nor ranks."""
 
@@ -101,6 +120,7 @@ class GroupStatus:
     num_blocks: int = 0
     block_size: int = 0
     ranks: tuple[RankInfo, ...] = ()
+    routing: ReplicaView | None = None  # as the gateway that was asked sees it
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
@@ -113,8 +133,46 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
 
 
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a replica has to do now. `gateways`: where those listen that have called it."""
+
+    load: EngineLoad
+    gateways: tuple[str, ...] = ()
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """A gateway sends a request to a replica: what it will compute there, and the blocks that it will bring.
+
+    Ends with `Settled`, or when its gateway has not said `Held` for a while.
+    """
+
+    deployment: str
+    request_id: str
+    replica: str
+    num_uncached: int
+    num_prompt: int
+    block_hashes: tuple[bytes, ...]
+
+
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """These requests still wait for their first token."""
+
+    deployment: str
+    request_ids: tuple[str, ...]
+
+
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """This request has its first token, or is gone."""
+
+    deployment: str
+    request_id: str
+
+
+PeerMessage: TypeAlias = Reserved | Held | Settled
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(list[RequestOutput | RequestId])
+_gateway_decoder = msgspec.msgpack.Decoder(list[RequestOutput | RequestId] | PeerMessage)
+_load_decoder = msgspec.msgpack.Decoder(LoadReport)
 _progress_decoder = msgspec.msgpack.Decoder(Progress)
 
 
@@ -128,12 +186,26 @@ def encode_keepalive(request_ids: list[RequestId]) -> bytes:
     return _encoder.encode(request_ids)
 
 
-def decode_step(message: bytes) -> list[RequestOutput | RequestId]:
-    """The outputs in a message of `encode_step`, or the ids in one of `encode_keepalive`.
+def encode_peer_message(message: PeerMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_gateway_message(message: bytes) -> list[RequestOutput | RequestId] | PeerMessage:
+    """What a gateway is sent: the outputs in a message of `encode_step`, the ids in one of `encode_keepalive`, or what
+    another gateway says.
 
     Raises msgspec.DecodeError for anything else.
     """
-    return _decoder.decode(message)
+    return _gateway_decoder.decode(message)
+
+
+def encode_load(report: LoadReport) -> bytes:
+    return _encoder.encode(report)
+
+
+def decode_load(message: bytes) -> LoadReport:
+    """Raises msgspec.DecodeError for anything but a message of `encode_load`."""
+    return _load_decoder.decode(message)
 
 
 def encode_progress(progress: Progress) -> bytes:

@@ -26,6 +26,7 @@ a configuration file:
     - name: smollm2
       model: {EMBEDDED_MODEL}      # or a directory, or a .gguf file, relative to this file
       replicas: 2
+      routing: prefix_aware                   # which replica gets a request; the default
       tensor_parallel: 1                      # ranks that share every layer, on one node
       pipeline_parallel: 2                    # stages, each with a share of the layers
       nodes: {{stages: strict_spread}}          # each stage on a node of its own; labels: {{...}} chooses nodes
@@ -64,6 +65,38 @@ _STATUS_EXAMPLES = """examples:
   shoal status --json | jq .models
 """
 
+_SIMULATE_EXAMPLES = """examples:
+  shoal simulate --trace mooncake.jsonl --replicas 16 --hardware h100-8b       Shoal's policies
+  shoal simulate --trace azure.csv --replicas 8 --hardware profile.yaml --policy all --ttft-ms 500 --plot out.svg
+  shoal simulate --trace mooncake.jsonl --speed 2 --replicas 16 --hardware h100-8b --policy prefix_aware,lmetric --json
+
+a trace is Mooncake's (lines of JSON: timestamp, input_length, output_length, hash_ids of 512-token blocks) or Azure's
+(CSV: TIMESTAMP,ContextTokens,GeneratedTokens).
+
+policies: prefix_aware, round_robin, least_loaded, power_of_two, consistent_hash, a class of your own as
+package.module:Class, and as others route, with their published defaults: random, ray_prefix, sglang_cache_aware,
+production_stack, dynamo, lmetric.
+
+a hardware profile is h100-8b, h200-8b, 4xh100-70b, 4xh200-70b, or a YAML file:
+  kv_tokens: 449000
+  step_s: {base: 0.0079, per_prefill_token: 36.9e-6, per_decode_token: 3.0e-6, per_context_token: 39.1e-9}
+  block_tokens: 16            # the trace's, if left out
+  max_step_tokens: 2048       # if left out, the most that a step of 0.1 s holds
+  max_running_requests: 256
+  usd_per_hour: 3.0           # of a replica
+  start_s: 60                 # until a new replica takes requests
+  request_s: 0.002            # of a request outside the engine
+  concurrent_replicas: 2      # that compute at full speed at once, where they share a machine
+"""
+
+_BENCH_EXAMPLES = """examples:
+  shoal bench                                  tokens a second of the embedded model in this process
+  shoal bench ~/models/Qwen3-0.6B --num-threads 4
+  shoal bench cluster.yaml --calibrate --out profile.yaml     what a step costs, for shoal simulate --hardware
+
+A configuration's first model is measured, as one of its replicas runs here, without HTTP.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; answers the exit code (0 done, 1 failed, 2 bad input)."""
@@ -91,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_chat(commands)
     _add_status(commands)
+    _add_bench(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -109,6 +144,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model = serve.add_argument_group("the model (the first one, where a configuration names several)")
     model.add_argument("--model-name", metavar="NAME", help="the name that clients ask for")
     model.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
+    model.add_argument("--routing", metavar="POLICY", help="which replica gets a request (default: prefix_aware)")
     model.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that share every layer (default: 1)")
     model.add_argument("--pipeline-parallel", type=int, metavar="N", help="stages of layers (default: 1)")
     model.add_argument("--stages", metavar="HOW", help="over nodes: pack, spread or strict_spread (default: pack)")
@@ -170,6 +206,41 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status.add_argument("--json", action="store_true", help="for programs")
 
 
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = _add_command(commands, "bench", "measure one replica on this machine", _BENCH_EXAMPLES)
+    bench.set_defaults(run=_bench)
+    bench.add_argument(
+        "target",
+        nargs="?",
+        metavar="CONFIG.yaml|MODEL_DIR|FILE.gguf",
+        help="what to measure (default: the embedded model)",
+    )
+    bench.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank (default: its share)")
+    bench.add_argument("--calibrate", action="store_true", help="time steps and write a hardware profile")
+    bench.add_argument("--out", metavar="FILE.yaml", help="where the profile goes (default: printed)")
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _add_command(
+        commands, "simulate", "play a trace under several routing policies, without a device", _SIMULATE_EXAMPLES
+    )
+    simulate.set_defaults(run=_simulate)
+    simulate.add_argument("--trace", required=True, metavar="FILE")
+    simulate.add_argument("--format", choices=("mooncake", "azure"), help="of the trace (default: what it looks like)")
+    simulate.add_argument("--speed", type=float, default=1.0, metavar="X", help="times as fast (default: 1)")
+    simulate.add_argument("--replicas", type=int, required=True, metavar="N")
+    simulate.add_argument("--policy", metavar="A,B,...", help="which to compare, or all (default: Shoal's own)")
+    simulate.add_argument("--hardware", required=True, metavar="PROFILE", help="a name or a YAML file")
+    simulate.add_argument("--ttft-ms", type=float, metavar="X", help="objective: time to the first token")
+    simulate.add_argument(
+        "--tpot-ms", type=float, metavar="X", help="objective: time of each token after it, on average"
+    )
+    simulate.add_argument("--admission", action="store_true", help="refuse what is predicted to miss --ttft-ms")
+    simulate.add_argument("--seed", type=int, default=0, metavar="N", help="of policies that draw lots (default: 0)")
+    simulate.add_argument("--plot", metavar="FILE.svg|png", help="draw the comparison")
+    simulate.add_argument("--json", action="store_true", help="for programs")
+
+
 def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -196,6 +267,7 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
             "ray.address": args.ray_address,
             "models.0.name": args.model_name,
             "models.0.replicas": args.replicas,
+            "models.0.routing": args.routing,
             "models.0.tensor_parallel": args.tensor_parallel,
             "models.0.pipeline_parallel": args.pipeline_parallel,
             "models.0.nodes.stages": args.stages,
@@ -254,6 +326,31 @@ def _status(args: argparse.Namespace) -> int:
     from shoal.cluster.commands.status import status
 
     return status(args.url, ray_address=args.ray_address, is_json=args.json)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.bench import bench
+
+    config = override(load_config(args.target), {"models.0.engine.num_threads": args.num_threads})
+    return bench(config, is_calibrating=args.calibrate, out=args.out)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.simulate import objectives, simulate
+
+    return simulate(
+        args.trace,
+        num_replicas=args.replicas,
+        hardware=args.hardware,
+        policies=args.policy,
+        format=args.format,
+        speed=args.speed,
+        objectives=objectives(ttft_ms=args.ttft_ms, tpot_ms=args.tpot_ms),
+        has_admission=args.admission,
+        seed=args.seed,
+        plot=args.plot,
+        is_json=args.json,
+    )
 
 
 if __name__ == "__main__":

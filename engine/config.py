@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Device = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
-SchedulingPolicy = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["shortest_first", "fcfs", "priority"]
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES: Mapping[str, DTypeName] = {
@@ -53,6 +53,9 @@ class EngineOptions:
     max_step_tokens: the token budget of one step.
     max_running_requests: requests that hold KV at once.
     watermark: share of the pool that admission leaves free, so that running requests can grow.
+    scheduling_policy: which prompts are computed first. "shortest_first": those with the fewest tokens to compute,
+        within bounds, and a lower priority value is worth a head start; "fcfs": in order of arrival; "priority": lower
+        values first, then arrival.
     ageing_s: with policy "priority", waiting this long outweighs one priority level.
     tensor_parallel: ranks that share every layer (heads, MLP features, vocabulary).
     pipeline_parallel: stages, each with its share of the layers. The replica has tensor_parallel * pipeline_parallel
@@ -76,7 +79,7 @@ class EngineOptions:
     max_step_tokens: int | None = None
     max_running_requests: int | None = None
     enable_prefix_caching: bool = True
-    scheduling_policy: SchedulingPolicy = "fcfs"
+    scheduling_policy: SchedulingPolicy = "shortest_first"
     watermark: float = 0.01
     ageing_s: float = 30.0
     num_threads: int | None = None
@@ -192,9 +195,10 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
         if getattr(options, name) <= 0:
             raise ConfigError(f"{name} must be positive, got {getattr(options, name)}", field=name)
     _check_stage_layers(options, model)
-    if options.scheduling_policy not in ("fcfs", "priority"):
+    if options.scheduling_policy not in get_args(SchedulingPolicy):
         raise ConfigError(
-            f"scheduling_policy must be 'fcfs' or 'priority', got {options.scheduling_policy!r}",
+            f"scheduling_policy must be one of {', '.join(get_args(SchedulingPolicy))}, "
+            f"got {options.scheduling_policy!r}",
             field="scheduling_policy",
         )
     # Large enough that matrix products run at full rate, small enough that a step does not stall decoding.

@@ -8,27 +8,35 @@ from collections.abc import Sequence
 
 from shoal.engine.config import EngineConfig
 from shoal.engine.executor import Executor, ExecutorInfo
+from shoal.engine.load import RATE_MEMORY_S, EngineLoad, RateMeter
+from shoal.engine.memory.kv_events import KVEvent
 from shoal.engine.memory.kv_layout import KVLayout, check_pool
 from shoal.engine.memory.kv_manager import KVManager
 from shoal.engine.plan import StepPlan
 from shoal.engine.request import EngineStats, Request, RequestError, RequestId, RequestOutput
 from shoal.engine.scheduling.scheduler import Scheduler
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
+from shoal.engine.step_time import StepTimeFit, work_of
 
 
 class EngineCore:
     """Owns the scheduler and the logical KV pool, drives an executor. One thread calls it.
 
-    `start()` may take minutes (the ranks load); `close()` may be called at any time.
+    `start()` may take minutes (the ranks load); `close()` may be called at any time. With `record_kv_events` somebody
+    has to call `take_kv_events`.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, *, record_kv_events: bool = False) -> None:
         self.config = config
         self._executor = executor
+        self._record_kv_events = record_kv_events
         self._info: ExecutorInfo | None = None
         self._in_flight: deque[StepPlan] = deque()
         self._steps = 0
         self._step_seconds = 0.0
+        self._step_ended_s = 0.0
+        self._step_time = StepTimeFit()
+        self._finished = RateMeter(RATE_MEMORY_S)
 
     def start(self) -> None:
         """Bring the ranks up. Raises ConfigError if the checkpoint or the memory cannot work."""
@@ -42,6 +50,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             watermark=config.watermark,
             window=max(windows) if windows and len(windows) == model.num_layers else None,
+            record_events=self._record_kv_events,
         )
         self._scheduler = Scheduler(
             self._kv,
@@ -86,6 +95,8 @@ class EngineCore:
         token. Raises ExecutorError if a rank fails.
         """
         start = time.perf_counter()
+        # With steps in flight, one ends every so often: its own time goes back to the end of the one before.
+        began = self._step_ended_s if self._in_flight else start
         while len(self._in_flight) < self.config.max_steps_in_flight:
             plan = self._scheduler.plan()
             if plan.is_empty:
@@ -98,7 +109,9 @@ class EngineCore:
         plan = self._in_flight.popleft()
         outputs = self._scheduler.commit(plan, result)
         self._steps += 1
-        self._step_seconds += time.perf_counter() - start
+        self._step_ended_s = end = time.perf_counter()
+        self._step_seconds += end - start
+        self._step_time.add(work_of(plan), end - began)
         return outputs
 
     def check_ranks(self) -> None:
@@ -111,6 +124,15 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> None:
         self._kv.reset_cache()
+
+    def take_kv_events(self) -> list[KVEvent]:
+        """What became cached and what was evicted since the last call, in order."""
+        return self._kv.take_events()
+
+    def load(self) -> EngineLoad:
+        """For a router, some times a second: O(requests)."""
+        finished_per_s = self._finished.read(self._scheduler.counters.finished, time.monotonic())
+        return self._scheduler.load(self._step_time.estimate(), finished_per_s)
 
     def stats(self) -> EngineStats:
         scheduler, counters = self._scheduler, self._scheduler.counters

@@ -211,9 +211,10 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     num_known: int = 0  # prompt and output tokens
     num_computed: int = 0  # leading known tokens that have KV
-    num_planned: int = 0  # leading tokens that have KV once the steps in flight are over
+    num_planned: int = 0  # leading tokens that have KV once the steps in flight are over; cached ones while it waits
     num_expected: int = 0  # known tokens, and those that steps in flight sample
     num_sent: int = 0  # leading tokens that the ranks know: they were told, or sampled them for a step that uses them
+    arrived_after: int = 0  # prompt tokens to be computed that had come to its scheduler before it
     num_slots: int = 0  # tokens that its blocks have room for
     block_hashes: list[BlockHash] = field(default_factory=list)  # of leading full blocks, as far as they were needed
     last_step: int = 0  # the last step it was planned in
@@ -231,6 +232,15 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to compute until nothing is left to do but to draw the next one."""
+        return self.num_expected - self.num_planned
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        return self.num_planned >= len(self.prompt_ids)
 
     def known_ids(self, start: int, end: int) -> tuple[int, ...]:
         """Known tokens in positions [start, end)."""

@@ -38,11 +38,21 @@ class AsyncEngine:
     If the engine fails, every open request gets an output with finish reason ERROR, and `check()` raises from then on.
     """
 
-    def __init__(self, factory: EngineFactory, *, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        factory: EngineFactory,
+        *,
+        on_progress: Progress | None = None,
+        observer: Callable[[EngineCore], None] | None = None,
+    ) -> None:
         """`factory` makes the config and the executor, in the engine's thread: `worker.local_engine(options)` for one
         rank in this process, `group.coordinator.group_engine(options, launcher)` for several.
+
+        `observer` is called in the engine's thread after each step, once its outputs are delivered, after requests have
+        come or gone, and every IDLE_CHECK_S otherwise. KV events are recorded for it, and it has to take them.
         """
         self._factory = factory
+        self._observer = observer
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._core: EngineCore | None = None
         self._inbox: queue.SimpleQueue[Callable[[EngineCore], None] | None] = queue.SimpleQueue()
@@ -169,7 +179,7 @@ class AsyncEngine:
     def _run(self, on_started: Callable[[BaseException | None], object]) -> None:
         core: EngineCore | None = None
         try:
-            core = EngineCore(*self._factory(self._on_progress))
+            core = EngineCore(*self._factory(self._on_progress), record_kv_events=self._observer is not None)
             core.start()
         except BaseException as error:
             self._error = error
@@ -193,7 +203,8 @@ class AsyncEngine:
         is_checked = True
         while not self._is_closed:
             if core.has_work:
-                self._take_messages(core, timeout_s=0)
+                if self._take_messages(core, timeout_s=0):
+                    self._observe(core)
                 self._step_started_s = time.monotonic()
                 self._deliver(core.step())
                 self._step_started_s = None
@@ -203,6 +214,11 @@ class AsyncEngine:
                 if not is_checked:
                     core.check()  # idle for a while: audit the pool
                     is_checked = True
+            self._observe(core)
+
+    def _observe(self, core: EngineCore) -> None:
+        if self._observer is not None:
+            self._observer(core)
 
     def _take_messages(self, core: EngineCore, timeout_s: float) -> bool:
         """Carry out all that has come in, waiting for the first message; False if none came."""

@@ -26,8 +26,11 @@ FACTS = {"engine.config", "engine.request", "engine.plan"}
 ENGINE_FACE = FACTS | {
     "engine.core",
     "engine.executor",
+    "engine.load",
     "engine.machine",
+    "engine.memory.kv_events",
     "engine.memory.kv_layout",
+    "engine.memory.prefix_cache",
     "engine.shapes",
     "engine.streaming",
     "engine.tokenizer",
@@ -35,7 +38,14 @@ ENGINE_FACE = FACTS | {
     "engine.group",
 }
 # What gateway, routing and replica know together; of each other they know nothing.
-SHARED = {"cluster.channel", "cluster.config", "cluster.logs", "cluster.metrics", "cluster.progress"}
+SHARED = {
+    "cluster.channel",
+    "cluster.config",
+    "cluster.kv_events",
+    "cluster.logs",
+    "cluster.metrics",
+    "cluster.progress",
+}
 
 # Part of the source (the longest matching name wins) -> the parts it may import, besides itself. "engine" and
 # "cluster" are those packages' own __init__ and nothing below.
@@ -50,8 +60,11 @@ LAYERS: Mapping[str, set[str]] = {
     "engine.plan": {"engine.request"},
     "engine.executor": FACTS,
     "engine.memory": FACTS,
-    "engine.scheduling": FACTS | {"engine.memory"},
-    "engine.core": FACTS | {"engine.scheduling", "engine.memory", "engine.executor"},
+    "engine.step_time": {"engine.plan"},
+    "engine.load": FACTS | {"engine.step_time"},
+    "engine.scheduling": FACTS | {"engine.memory", "engine.load", "engine.step_time"},
+    "engine.core": FACTS
+    | {"engine.scheduling", "engine.memory", "engine.executor", "engine.load", "engine.step_time"},
     "engine.gguf_header": FACTS,
     "engine.machine": {"engine.config"},
     "engine.sizing": {"engine.config", "engine.memory.kv_layout", "engine.models", "engine.parallel.topology"},
@@ -94,13 +107,18 @@ LAYERS: Mapping[str, set[str]] = {
     "cluster.config": ENGINE_FACE,
     "cluster.channel": ENGINE_FACE,
     "cluster.metrics": ENGINE_FACE,
+    "cluster.kv_events": set(),
     "cluster.logs": set(),
     "cluster.progress": {"cluster.channel"},
-    "cluster.gateway": ENGINE_FACE | SHARED,
+    "cluster.gateway": ENGINE_FACE | SHARED | {"cluster.routing"},
     "cluster.routing": ENGINE_FACE | SHARED,
-    "cluster.replica": ENGINE_FACE | SHARED,
+    "cluster.replica": ENGINE_FACE | SHARED | {"cluster.autoscaling.signals"},
+    "cluster.autoscaling": ENGINE_FACE,
+    "cluster.simulation": ENGINE_FACE
+    | {"cluster.autoscaling", "cluster.routing"}
+    | {"engine.load", "engine.memory", "engine.scheduling", "engine.step_time"},
     "cluster.app": ENGINE_FACE | SHARED | {"cluster.gateway", "cluster.routing", "cluster.replica"},
-    "cluster.commands": ENGINE_FACE | SHARED | {"cluster.app"},
+    "cluster.commands": ENGINE_FACE | SHARED | {"cluster.app", "cluster.routing", "cluster.simulation"},
     "cluster.cli": ENGINE_FACE | {"cluster.commands", "cluster.config"},
     "cluster": set(),
 }
@@ -123,6 +141,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     "cluster": {
         "ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec", "zmq", "yaml", "prometheus_client",
     },
+    "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 
 # Promises about processes, which the source alone cannot keep: modules -> what importing them leaves out.
@@ -133,6 +152,7 @@ LEFT_OUT = (
     ("shoal.engine.group.coordinator shoal.engine.group.processes", "torch numpy transformers ray"),
     ("shoal.engine.llm", "ray fastapi pydantic"),
     ("shoal.cluster.cli", "ray torch transformers"),
+    ("shoal.cluster.commands.simulate", "ray torch transformers fastapi matplotlib"),
 )
 
 

@@ -11,9 +11,11 @@ from shoal.cluster.cli import build_parser
 from shoal.cluster.config import (
     ClusterConfig,
     EngineSettings,
+    FairnessSettings,
     HttpSettings,
     ModelSettings,
     NodeSettings,
+    ObjectiveSettings,
     RaySettings,
 )
 from shoal.cluster.gateway.routes import build_app
@@ -103,6 +105,11 @@ def test_commands_and_their_options() -> None:
         "plan": ["--help", "--gpus", "--dtype", "--max-model-len", "--max-running-requests", "--json"],
         "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
         "status": ["--help", "--url", "--ray-address", "--json"],
+        "bench": ["--help", "--num-threads", "--calibrate", "--out"],
+        "simulate": [
+            "--help", "--trace", "--format", "--speed", "--replicas", "--policy", "--hardware", "--ttft-ms",
+            "--tpot-ms", "--admission", "--seed", "--plot", "--json",
+        ],
     }  # fmt: skip
 
 
@@ -110,13 +117,15 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "gateway_labels", "ray"}
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
-        "resources", "max_ongoing_requests", "max_queued_requests",
+        "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
         "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
         "step_timeout", "heartbeat_timeout",
     }  # fmt: skip
+    assert set(ObjectiveSettings.model_fields) == {"ttft_ms", "tpot_ms"}
+    assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
     assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
     assert set(RaySettings.model_fields) == {"address"}

@@ -23,11 +23,14 @@ from shoal.cluster.commands.haproxy import unspliced_haproxy
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
 from shoal.cluster.config import ClusterConfig, locate_model
 from shoal.cluster.progress import ProgressReceiver
+from shoal.cluster.routing.policies import make_policy
 from shoal.engine.config import ConfigError
 
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
 STATUS_PERIOD_S: Final = 0.25
+STOP_PERIOD_S: Final = 0.05
 HTTP_TIMEOUT_S: Final = 30.0  # from the last replica's word to the first answer through the proxy
+DRAIN_WAIT_S: Final = 10.0  # for open requests, once it is to stop
 EXIT_WAIT_S: Final = 5.0
 SILENCE_TIMEOUT_S: Final = 600.0  # a start that says nothing for so long hangs
 
@@ -46,6 +49,7 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     Raises ConfigError, for what can be known without starting anything.
     """
     start = time.monotonic()
+    check_routing(config)
     if config.ray.address is None:  # otherwise port and files are those of other machines
         check_port(config.http.host, config.http.port)
         check_models(config)
@@ -80,6 +84,12 @@ def check_port(host: str, port: int) -> None:
                 f"stop what listens there, or choose another address with --host or --port",
                 field="http.port",
             ) from None
+
+
+def check_routing(config: ClusterConfig) -> None:
+    """Raise ConfigError for a routing policy that cannot be made."""
+    for model in config.models:
+        make_policy(model.routing.policy, model.routing.options)
 
 
 def check_models(config: ClusterConfig) -> None:
@@ -128,7 +138,7 @@ def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, i
         _start_ray(config, is_verbose=is_verbose)
         signals.install()
     with ProgressReceiver(_own_ip(config)) as progress:
-        narrator.say("starting " + ", ".join(f"{model.replicas} x {model.name}" for model in config.models))
+        narrator.say("starting " + ", ".join(f"{model.first_replicas} x {model.name}" for model in config.models))
         with _as_start_error():
             _deploy(config, progress.address)
         _wait_until_running(progress, narrator)
@@ -178,7 +188,7 @@ def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
         return
     ray.init(
         address="local",  # never a Ray that happens to run here
-        num_cpus=int(sum(num_cpus(model) * model.replicas for model in config.models)) + 1,
+        num_cpus=int(sum(num_cpus(model) * model.max_replicas for model in config.models)) + 1,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=is_verbose,
@@ -229,7 +239,7 @@ def _deploy(config: ClusterConfig, progress_address: str) -> None:
     app = build_app(
         config,
         progress_address=progress_address,
-        token_ip=local_ip() if config.ray.address is None else None,
+        own_ip=local_ip() if config.ray.address is None else None,
     )
     target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
@@ -310,10 +320,14 @@ def _tear_down(config: ClusterConfig, *, is_verbose: bool) -> None:
         if not is_verbose:
             hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
             hidden.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if config.ray.address is None:
+        # Replicas may take a drain_timeout to finish what they have: in a cluster they do so after this process has
+        # left, on a Ray of our own they end with it.
+        serve.delete(APP_NAME, _blocking=False)
+        deadline = time.monotonic() + DRAIN_WAIT_S
+        while (is_open := APP_NAME in serve.status().applications) and time.monotonic() < deadline:
+            time.sleep(STOP_PERIOD_S)
+        if config.ray.address is None and not is_open:
             serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
         ray.shutdown()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal.cluster.channel import GenerateCall, GroupStatus
 from shoal.engine.request import RequestOutput
@@ -23,8 +23,39 @@ class ReplicaFailedError(ReplicaUnavailableError):
     """The replica that held a call has failed or fallen silent. The outputs so far are right; no more will come."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a call would meet at the replica that is best for it now, in seconds.
+
+    retry_after_s: when it would wait for nobody, if nothing more came, and one of those that generate there has ended.
+    """
+
+    ttft_s: float
+    tpot_s: float  # from token to token
+    retry_after_s: float = 0.0
+    wait_s: float = 0.0  # of ttft_s, before its own prompt is computed
+    num_replicas: int = 1  # that take calls
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a call went, and what was foreseen of it there. `replica`: the `engine` label of its metrics."""
+
+    replica: str
+    num_matched_tokens: int  # of the prompt, in its prefix cache as far as was known
+    predicted_ttft_s: float | None  # None while no replica's speed is known
+
+
 class Backend(Protocol):
     """Replicas of one model."""
+
+    async def predict(self, call: GenerateCall) -> Prediction | None:
+        """None where nobody can know: no replica is up, or none has computed enough yet."""
+        ...
+
+    def placement(self, call: GenerateCall) -> Placement | None:
+        """Known from the moment the call is on its way until it is over."""
+        ...
 
     def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
         """Outputs of one engine step for this call's samples at a time, until every sample has finished.
@@ -33,6 +64,10 @@ class Backend(Protocol):
         a call that cannot be served as asked, ReplicaUnavailableError when nobody can serve it now, and
         ReplicaFailedError, which is one, when its replica failed: no output has the finish reason ERROR.
         """
+        ...
+
+    def explain(self) -> Sequence[Mapping[str, Any]]:
+        """The last routing decisions, newest first, as plain data with each replica's cost."""
         ...
 
     async def groups(self) -> list[GroupStatus]:
@@ -60,4 +95,13 @@ class ServedModel:
     backend: Backend
 
 
-__all__ = ["Backend", "GenerateCall", "GroupStatus", "ReplicaFailedError", "ReplicaUnavailableError", "ServedModel"]
+__all__ = [
+    "Backend",
+    "GenerateCall",
+    "GroupStatus",
+    "Placement",
+    "Prediction",
+    "ReplicaFailedError",
+    "ReplicaUnavailableError",
+    "ServedModel",
+]

@@ -22,7 +22,9 @@ _INLINE_CHARS = 8192
 _T = TypeVar("_T")
 
 
-async def chat_call(body: ChatCompletionRequest, model: ServedModel, request_id: str) -> GenerateCall:
+async def chat_call(
+    body: ChatCompletionRequest, model: ServedModel, request_id: str, *, session: str = ""
+) -> GenerateCall:
     """The call for a chat. Its default limit is the rest of the model's length. Raises RequestError."""
     num_chars = _num_chars(body.messages)
     _check_fits(num_chars, model, "messages")
@@ -34,10 +36,12 @@ async def chat_call(body: ChatCompletionRequest, model: ServedModel, request_id:
             **(body.chat_template_kwargs or {}),
         ),
     )
-    return _call(body, model, request_id, prompt_ids, param="messages", default_tokens=None)
+    return _call(body, model, request_id, prompt_ids, param="messages", default_tokens=None, session=session)
 
 
-async def completion_calls(body: CompletionRequest, model: ServedModel, request_id: str) -> list[GenerateCall]:
+async def completion_calls(
+    body: CompletionRequest, model: ServedModel, request_id: str, *, session: str = ""
+) -> list[GenerateCall]:
     """One call per prompt. Raises RequestError."""
     calls = []
     for index, prompt in enumerate(body.prompts):
@@ -50,6 +54,7 @@ async def completion_calls(body: CompletionRequest, model: ServedModel, request_
                 prompt_ids,
                 param="prompt",
                 default_tokens=DEFAULT_COMPLETION_TOKENS,
+                session=session,
             )
         )
     return calls
@@ -86,6 +91,7 @@ def _call(
     *,
     param: str,
     default_tokens: int | None,
+    session: str,
 ) -> GenerateCall:
     num_prompt = len(prompt_ids)
     room = model.max_model_len - num_prompt
@@ -110,6 +116,7 @@ def _call(
         params=params,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        session=session,
     )
 
 

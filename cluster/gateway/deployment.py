@@ -13,12 +13,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
+from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.logs import adopt_serve_handlers
 from shoal.cluster.metrics import REPLICAS, HttpMetrics, Point, render
+from shoal.cluster.routing.mirror import Mirror
+from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
 from shoal.engine.tokenizer import Tokenizer
 
 
@@ -30,17 +33,39 @@ class Gateway:
         models: tuple[ModelSettings, ...],
         http: HttpSettings,
         replicas: Mapping[str, DeploymentHandle[object]],
-        token_ip: str | None = None,
+        own_ip: str | None = None,
     ) -> None:
-        """`token_ip`: where this gateway receives tokens; None is its node's address."""
+        """`own_ip`: where this gateway receives tokens; None is its node's address."""
         adopt_serve_handlers()
         self._http = http
         self._http_metrics = HttpMetrics()
-        self._inbox = StepInbox(token_ip or ray.util.get_node_ip_address())
+        self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), take_peer_message)
         self._inbox.start()
-        self._backends = {name: ReplicaBackend(name, handle, self._inbox) for name, handle in replicas.items()}
+        self._mirror = Mirror(self._inbox.address, expire_mirrored)
+        self._mirror.start()
+        self._backends = {
+            model.name: ReplicaBackend(model.name, handle, self._inbox, self._routing(model, handle))
+            for model in models
+            for handle in (replicas[model.name],)
+        }
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
+        self._admissions = {model.name: self._admission(model) for model in models}
+
+    def _routing(self, model: ModelSettings, handle: DeploymentHandle[object]) -> ModelRouting:
+        routing = routing_of(handle.app_name, handle.deployment_name, model.routing.policy, dict(model.routing.options))
+        routing.share(self._mirror)
+        return routing
+
+    def _admission(self, model: ModelSettings) -> Admission:
+        asked, limit = model.objectives, model.max_queued_requests
+        return Admission(
+            self._backends[model.name],
+            objectives=Objectives.of_milliseconds(asked.ttft_ms, asked.tpot_ms),
+            window_s=model.fairness.window_ms / 1000,
+            weights=model.fairness.weights,
+            max_waiting=limit if limit >= 0 else None,
+        )
 
     async def _serve(self, model: ModelSettings, backend: ReplicaBackend) -> ServedModel:
         tokenizer = await asyncio.to_thread(Tokenizer.load, locate_model(model.model))
@@ -55,7 +80,12 @@ class Gateway:
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        app = build_app(self._models, max_body_bytes=self._http.max_body_bytes, metrics_text=self._metrics_text)
+        app = build_app(
+            self._models,
+            admissions=self._admissions,
+            max_body_bytes=self._http.max_body_bytes,
+            metrics_text=self._metrics_text,
+        )
         return CountedApp(app, self._http_metrics)
 
     async def _metrics_text(self) -> str:
@@ -65,7 +95,10 @@ class Gateway:
             Point(REPLICAS.name, (name,), float(len(snapshot)))
             for name, snapshot in zip(self._backends, snapshots, strict=True)
         )
-        return render(dict(ChainMap(*snapshots)), gateway=(*self._http_metrics.snapshot(), *reporting))
+        routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
+        admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
+        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting)
+        return render(dict(ChainMap(*snapshots)), gateway=own)
 
 
 class CountedApp:

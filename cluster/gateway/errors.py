@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.cluster.gateway.admission import RefusedError
 from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError
 from shoal.engine.request import RequestError
 
@@ -56,6 +57,14 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
             return error
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
+        case RefusedError():
+            return ApiError(
+                429,
+                str(error),
+                type="rate_limit_error",
+                code=error.code,
+                headers={"retry-after": str(error.retry_after_s)},
+            )
         case ReplicaUnavailableError():
             return ApiError(
                 503,
@@ -101,7 +110,7 @@ def install_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return to_api_error(error, request.state.request_id).response()
 
-    for kind in (ApiError, RequestError, ReplicaUnavailableError, HTTPException):
+    for kind in (ApiError, RequestError, RefusedError, ReplicaUnavailableError, HTTPException):
         app.add_exception_handler(kind, answer)
     app.add_middleware(RequestIdMiddleware)
 

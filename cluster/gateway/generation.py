@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from shoal.cluster.gateway.backend import Backend, GenerateCall, ReplicaFailedError, ServedModel
+from shoal.cluster.gateway.backend import GenerateCall, ReplicaFailedError, ServedModel
 from shoal.cluster.gateway.responses import FinishReasonName, PromptTokensDetails, Usage
 from shoal.engine.request import FinishReason, RequestId, RequestOutput, TokenLogprobs
 from shoal.engine.tokenizer import IncrementalDetokenizer
@@ -78,11 +78,19 @@ class _Choice:
 
 
 class Generation:
-    """All choices of one HTTP request: `params.n` samples of each prompt, index = prompt index * n + sample."""
+    """All choices of one HTTP request: `params.n` samples of each prompt, index = prompt index * n + sample.
 
-    def __init__(self, model: ServedModel, calls: Sequence[GenerateCall]) -> None:
-        self._backend: Backend = model.backend
+    `steps` holds each call's outputs, as Backend.generate gives them.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        calls: Sequence[GenerateCall],
+        steps: Sequence[AsyncGenerator[list[RequestOutput], None]],
+    ) -> None:
         self._calls = tuple(calls)
+        self._steps = tuple(steps)
         self._choices: dict[RequestId, _Choice] = {}
         self._groups = [self._open(model, call) for call in self._calls]
 
@@ -96,7 +104,7 @@ class Generation:
 
     async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What each engine step gave, until every choice has finished. Closing this aborts what still runs."""
-        streams = [self._call_deltas(call, group) for call, group in zip(self._calls, self._groups, strict=True)]
+        streams = [self._call_deltas(steps, group) for steps, group in zip(self._steps, self._groups, strict=True)]
         async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
             async for deltas in merged:
                 yield deltas
@@ -108,9 +116,9 @@ class Generation:
         return group
 
     async def _call_deltas(
-        self, call: GenerateCall, group: Sequence[_Choice]
+        self, steps: AsyncGenerator[list[RequestOutput], None], group: Sequence[_Choice]
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
-        async with aclosing(self._backend.generate(call)) as steps:
+        async with aclosing(steps):
             async for outputs in steps:
                 deltas = [self._choices[output.request_id].take(output) for output in outputs]
                 if shown := [delta for delta in deltas if delta is not None]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 import zmq
 
-from shoal.cluster.channel import KEEPALIVE_PERIOD_S, MAX_QUEUED_MESSAGES, SILENCE_TIMEOUT_S, decode_step
+from shoal.cluster.channel import (
+    KEEPALIVE_PERIOD_S,
+    MAX_QUEUED_MESSAGES,
+    SILENCE_TIMEOUT_S,
+    PeerMessage,
+    decode_gateway_message,
+)
 from shoal.cluster.gateway.backend import ReplicaFailedError
 from shoal.engine.request import FinishReason, RequestId, RequestOutput
 
@@ -98,9 +104,12 @@ class CallInbox:
 
 
 class StepInbox:
-    """Receives the step messages of all replicas and hands each call its part. Lives in one event loop."""
+    """Receives the step messages of all replicas and hands each call its part, and `on_peer_message` what other
+    gateways say. Lives in one event loop.
+    """
 
-    def __init__(self, ip: str) -> None:
+    def __init__(self, ip: str, on_peer_message: Callable[[PeerMessage], None] = lambda message: None) -> None:
+        self._on_peer_message = on_peer_message
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.set_hwm(MAX_QUEUED_MESSAGES)
@@ -148,9 +157,14 @@ class StepInbox:
             except zmq.Again:
                 return
             try:
-                self._deliver(decode_step(message))
+                content = decode_gateway_message(message)
             except msgspec.DecodeError:
-                log.exception("dropped a message of %d bytes that is no step", len(message))
+                log.exception("dropped a message of %d bytes that is none for a gateway", len(message))
+                continue
+            if isinstance(content, list):
+                self._deliver(content)
+            else:
+                self._on_peer_message(content)
         if self._loop is not None:
             self._loop.call_soon(self._drain)
 

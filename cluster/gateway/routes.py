@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from shoal.cluster.gateway.admission import Admission, Visit
+from shoal.cluster.gateway.answer_headers import answer_headers
 from shoal.cluster.gateway.backend import GenerateCall, ServedModel
 from shoal.cluster.gateway.calls import chat_call, completion_calls, run_by_size
 from shoal.cluster.gateway.errors import ApiError, from_validation, install_error_handlers, to_api_error
+from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
 from shoal.cluster.gateway.generation import Generation, collect
 from shoal.cluster.gateway.responses import (
@@ -35,9 +39,12 @@ from shoal.cluster.gateway.schema import (
     TokenizeRequest,
 )
 from shoal.cluster.gateway.sse import DONE, ChunkWriter, ClientGoneError, EventStream, error_event, until_disconnect
+from shoal.engine.request import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
 _INLINE_BODY_BYTES = 2**18  # larger bodies are parsed in a thread
+SESSION_HEADER = "x-session-id"
+_MAX_SESSION = 256
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code for an answer that nobody reads
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -46,15 +53,17 @@ _Body = TypeVar("_Body", bound=BaseModel)
 def build_app(
     models: Mapping[str, ServedModel],
     *,
+    admissions: Mapping[str, Admission] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics_text: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
     """The gateway over `models` by name.
 
+    `admissions`: who gets in, for models whose objectives and weights are not the defaults.
     `metrics_text` gives the exposition for /metrics; by default the backends' own, one after the other.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
-    gateway = _Gateway(models, max_body_bytes, metrics_text)
+    gateway = _Gateway(models, admissions or {}, max_body_bytes, metrics_text)
     routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
         ("GET", "/v1/models", gateway.list_models),
         ("GET", "/v1/models/{name:path}", gateway.show_model),
@@ -66,6 +75,7 @@ def build_app(
         ("GET", "/ping", gateway.health),
         ("GET", "/metrics", gateway.metrics),
         ("GET", "/status", gateway.status),
+        ("GET", "/debug/routing", gateway.explain_routing),
         ("GET", "/version", gateway.version),
     )
     for method, path, endpoint in routes:
@@ -78,22 +88,28 @@ class _Gateway:
     def __init__(
         self,
         models: Mapping[str, ServedModel],
+        admissions: Mapping[str, Admission],
         max_body_bytes: int,
         metrics_text: Callable[[], Awaitable[str]] | None,
     ) -> None:
         self._models = dict(models)
+        self._admissions = {
+            name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
+        }
         self._max_body_bytes = max_body_bytes
         self._metrics_text = metrics_text or self._backends_metrics
 
     async def chat(self, http: Request) -> Response:
+        arrival = _arrival(http)
         body = await self._read(http, ChatCompletionRequest)
         model = self._model(body.model)
         format = ChatFormat(model.tokenizer, has_logprobs=bool(body.logprobs))
         answer_id = f"{format.id_prefix}{uuid.uuid4().hex}"
-        call = await chat_call(body, model, answer_id)
-        return await _answer(http, body, model, [call], format, answer_id)
+        call = await chat_call(body, model, answer_id, session=arrival.session)
+        return await self._answer(arrival, body, model, [call], format, answer_id)
 
     async def complete(self, http: Request) -> Response:
+        arrival = _arrival(http)
         body = await self._read(http, CompletionRequest)
         model = self._model(body.model)
         format = CompletionFormat(
@@ -103,8 +119,8 @@ class _Gateway:
             echoes=[_echo(prompt, model) for prompt in body.prompts] if body.echo else (),
         )
         answer_id = f"{format.id_prefix}{uuid.uuid4().hex}"
-        calls = await completion_calls(body, model, answer_id)
-        return await _answer(http, body, model, calls, format, answer_id)
+        calls = await completion_calls(body, model, answer_id, session=arrival.session)
+        return await self._answer(arrival, body, model, calls, format, answer_id)
 
     async def tokenize(self, http: Request) -> Response:
         body = await self._read(http, TokenizeRequest)
@@ -168,12 +184,50 @@ class _Gateway:
     async def status(self, http: Request) -> Response:
         return _json({"models": await asyncio.gather(*map(_status, self._models.values()))})
 
+    async def explain_routing(self, http: Request) -> Response:
+        """The last decisions for the model that the query names, or for each."""
+        name = http.query_params.get("model")
+        models = self._models.values() if name is None else [self._model(name)]
+        return _json({"models": [{"name": model.name, "decisions": model.backend.explain()} for model in models]})
+
     async def version(self, http: Request) -> Response:
         return _json(VersionResponse(_own_version()))
 
     async def _backends_metrics(self) -> str:
         backends = {id(model.backend): model.backend for model in self._models.values()}
         return "".join(await asyncio.gather(*(backend.metrics_text() for backend in backends.values())))
+
+    async def _answer(
+        self,
+        arrival: _Arrival,
+        body: ChatCompletionRequest | CompletionRequest,
+        model: ServedModel,
+        calls: Sequence[GenerateCall],
+        format: Format,
+        answer_id: str,
+    ) -> Response:
+        created = int(time.time())
+        admission = self._admissions[model.name]
+        objectives = admission.objectives.overridden(arrival.http.headers)
+        visits = [Visit(call, arrival.tenant, objectives, arrival.seconds) for call in calls]
+        generation = Generation(model, calls, [admission.run(visit) for visit in visits])
+        if body.stream:
+            writer = ChunkWriter(
+                id=answer_id,
+                object=format.chunk_object,
+                created=created,
+                model=model.name,
+                has_usage=body.has_usage_chunk,
+            )
+            events = _events(generation, body, format, writer, arrival.http.state.request_id)
+            return EventStream(events, lambda: answer_headers(visits))
+        try:
+            wholes = await until_disconnect(arrival.http.receive, collect(generation))
+        except ClientGoneError:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        choices: Any = [format.choice(whole) for whole in wholes]
+        whole_answer = Completion(answer_id, format.object, created, model.name, choices, generation.usage())
+        return _json(whole_answer, answer_headers(visits))
 
     def _model(self, name: str | None) -> ServedModel:
         """The model of that name; the first one for None, which only vLLM's own routes allow."""
@@ -216,37 +270,28 @@ class _Gateway:
         return bytes(data)
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """An HTTP request for tokens: whose it is, what it belongs to, and when it came (time.monotonic())."""
+
+    http: Request
+    tenant: str
+    session: str
+    seconds: float
+
+
+def _arrival(http: Request) -> _Arrival:
+    """Raises RequestError naming the header."""
+    session = http.headers.get(SESSION_HEADER, "")
+    if len(session) > _MAX_SESSION:
+        raise RequestError(f"{SESSION_HEADER} is longer than {_MAX_SESSION} characters", param=SESSION_HEADER)
+    return _Arrival(http, tenant_of(http.headers), session, time.monotonic())
+
+
 async def _validate(data: bytes, kind: type[_Body]) -> _Body:
     if len(data) <= _INLINE_BODY_BYTES:
         return kind.model_validate_json(data)
     return await asyncio.to_thread(kind.model_validate_json, data)
-
-
-async def _answer(
-    http: Request,
-    body: ChatCompletionRequest | CompletionRequest,
-    model: ServedModel,
-    calls: Sequence[GenerateCall],
-    format: Format,
-    answer_id: str,
-) -> Response:
-    created = int(time.time())
-    generation = Generation(model, calls)
-    if body.stream:
-        writer = ChunkWriter(
-            id=answer_id,
-            object=format.chunk_object,
-            created=created,
-            model=model.name,
-            has_usage=body.has_usage_chunk,
-        )
-        return EventStream(_events(generation, body, format, writer, http.state.request_id))
-    try:
-        wholes = await until_disconnect(http.receive, collect(generation))
-    except ClientGoneError:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    choices: Any = [format.choice(whole) for whole in wholes]
-    return _json(Completion(answer_id, format.object, created, model.name, choices, generation.usage()))
 
 
 async def _events(
@@ -286,8 +331,8 @@ async def _status(model: ServedModel) -> dict[str, Any]:
     return {"name": model.name, "max_model_len": model.max_model_len, "groups": await model.backend.groups()}
 
 
-def _json(value: Any) -> Response:
-    return Response(encode(value), media_type="application/json")
+def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode(value), headers=headers, media_type="application/json")
 
 
 def _own_version() -> str:

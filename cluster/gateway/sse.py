@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -68,15 +68,19 @@ class EventStream(Response):
     """Sends events as they come, several at a time when they come together.
 
     The generator is closed whichever way the answer ends: with its last event, with an exception, or because the
-    client went away. Nothing is sent before the first event, so an exception until then becomes a proper error answer.
+    client went away. Nothing is sent before the first event, so an exception until then becomes a proper error answer,
+    and `first_headers` is asked for more headers then.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], first_headers: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._first_headers = first_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -89,6 +93,7 @@ class EventStream(Response):
             has_started = False
             async for event in events:
                 if not has_started:
+                    self.headers.update(self._first_headers())
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     has_started = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})

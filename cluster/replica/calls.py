@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 
+from shoal.cluster.autoscaling.signals import PromptCounter
 from shoal.cluster.channel import CallSummary, GenerateCall
 from shoal.cluster.metrics import ReplicaMetrics, Snapshot
 from shoal.cluster.replica.channel import GatewayChannels
-from shoal.engine.request import RequestError
+from shoal.engine.request import RequestError, RequestId, RequestOutput
 from shoal.engine.streaming import AsyncEngine
 
 
@@ -18,11 +19,18 @@ class Calls:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._metrics = ReplicaMetrics()
-        self._channels = GatewayChannels(self._metrics.observe_step)
+        self._channels = GatewayChannels(self._observe_step)
+        self._num_prompt: dict[RequestId, int] = {}  # of calls without a token yet
+        self.prompts = PromptCounter()
 
     def start(self) -> None:
         """Begin to tell gateways which of their calls are open."""
         self._channels.start()
+
+    @property
+    def gateways(self) -> tuple[str, ...]:
+        """Where those listen that have called. Callable from any thread."""
+        return self._channels.addresses
 
     async def run(self, call: GenerateCall, reply_to: str) -> CallSummary:
         """Generate all samples; their tokens go to the gateway at `reply_to`, a message per step.
@@ -34,6 +42,7 @@ class Calls:
         sink = self._channels.sink(reply_to)
         open_call = sink.open(requests)
         self._metrics.start(requests)
+        self._num_prompt[open_call.request_ids[0]] = len(call.prompt_ids)
         try:
             self._engine.submit(requests, sink)
             return await open_call.summary()
@@ -45,11 +54,20 @@ class Calls:
             self._metrics.abort(open_call.request_ids)
             raise
         finally:
+            self._num_prompt.pop(open_call.request_ids[0], None)
             sink.forget(open_call)
 
     def snapshot(self) -> Snapshot:
         """Measurements of the calls so far and of the engine now."""
         return self._metrics.snapshot(self._engine.stats(), num_dropped=self._channels.num_dropped)
+
+    def _observe_step(self, outputs: list[RequestOutput]) -> None:
+        """In the engine's thread."""
+        self._metrics.observe_step(outputs)
+        for output in outputs if self._num_prompt else ():
+            num_prompt = self._num_prompt.pop(output.request_id, None)
+            if num_prompt is not None and output.token_ids:
+                self.prompts.observe(num_prompt - output.num_cached_tokens)
 
     def close(self) -> None:
         """After the engine is closed: nothing is sent any more."""

@@ -132,6 +132,11 @@ class GatewayChannels:
         """Messages that were not sent because their gateway had stopped reading."""
         return sum(sink.num_dropped for sink in self._sinks.values())
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the gateways listen. Callable from any thread."""
+        return tuple(self._sinks)
+
     def sink(self, address: str) -> GatewaySink:
         """The sink for the gateway that listens at `address` ("tcp://ip:port")."""
         sink = self._sinks.get(address)

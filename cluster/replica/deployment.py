@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Final
+from typing import Any, Final
 
+import ray
 from ray import serve
 
+from shoal.cluster.autoscaling.signals import ReplicaSignals
 from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
 from shoal.cluster.config import ModelSettings, locate_model
 from shoal.cluster.logs import adopt_serve_handlers
 from shoal.cluster.metrics import Snapshot
 from shoal.cluster.progress import ProgressSender
 from shoal.cluster.replica.calls import Calls
+from shoal.cluster.replica.kv_publisher import KVPublisher
 from shoal.cluster.replica.placement import Resources
 from shoal.cluster.replica.ray_launcher import RayLauncher
+from shoal.cluster.replica.reporter import Reporter
 from shoal.engine.config import ConfigError
 from shoal.engine.executor import EngineFactory, ExecutorError
 from shoal.engine.group.coordinator import group_engine
@@ -33,24 +37,42 @@ class Replica:
     """One whole copy of a model. Constructing it loads the weights."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, model: ModelSettings, rank_resources: Resources, progress_address: str | None = None
+        self,
+        model: ModelSettings,
+        rank_resources: Resources,
+        progress_address: str | None = None,
+        own_ip: str | None = None,
     ) -> None:
-        """`rank_resources`: what Ray has set aside for each rank.
+        """`rank_resources`: what Ray has set aside for each rank. `own_ip`: where gateways hear of this replica; None
+        is its node's address.
 
         Raises ConfigError, after telling it to whoever listens at `progress_address`, and ExecutorError if a rank dies
         while it starts.
         """
         adopt_serve_handlers()
-        self._label = str(serve.get_replica_context().rank.rank)
+        context = serve.get_replica_context()
+        self._label = str(context.rank.rank)
+        self._reporter = Reporter(lambda: self._calls.gateways)
         with ProgressSender(progress_address, model.name) as progress:
             try:
-                self._engine = AsyncEngine(_engine_factory(model, rank_resources), on_progress=progress.send)
+                self._engine = AsyncEngine(
+                    _engine_factory(model, rank_resources), on_progress=progress.send, observer=self._reporter.observe
+                )
                 await self._engine.start()
             except ConfigError as error:
                 progress.fail(str(error))
                 raise
         self._calls = Calls(self._engine)
         self._calls.start()
+        self._publisher = KVPublisher(
+            own_ip or ray.util.get_node_ip_address(),
+            replica=context.replica_id.unique_id,
+            model=model.name,
+            block_size=self._engine.config.block_size,
+            num_blocks=self._engine.info.num_blocks,
+        )
+        self._publisher.start()
+        self._reporter.start(self._publisher)
         self._watch = asyncio.create_task(self._leave_when_failed())
 
     async def generate(self, call: GenerateCall, reply_to: str) -> CallSummary:
@@ -68,6 +90,15 @@ class Replica:
         info, config = self._engine.info, self._engine.config
         return GroupStatus("running", self._label, info.num_blocks, config.block_size, info.ranks)
 
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve gives it to every router: where to follow this replica, and the `engine` label of its metrics."""
+        return {**self._publisher.endpoints, "label": self._label}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve gives it to the autoscaling policy."""
+        load = self._reporter.load
+        return ReplicaSignals.of(load, self._calls.prompts).stats() if load is not None else {}
+
     def check_health(self) -> None:
         """Raises ExecutorError when the engine's thread has died or hangs; Serve then replaces the replica."""
         self._engine.check()
@@ -77,6 +108,7 @@ class Replica:
         self._watch.cancel()
         await self._engine.close()
         self._calls.close()
+        self._publisher.close()
 
     async def _leave_when_failed(self) -> None:
         """End this process once the engine has failed and its calls were told. Serve replaces a replica that is gone at

@@ -4,13 +4,16 @@ cache.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.engine.memory.block_pool import NULL_BLOCK, BlockPool
+from shoal.engine.memory.kv_events import BlocksStored, KVEvent, KVEventRecorder
 from shoal.engine.memory.kv_layout import blocks_needed
 from shoal.engine.memory.prefix_cache import PrefixCache, extend_hashes
-from shoal.engine.request import BlockId, Request, RequestId
+from shoal.engine.request import BlockHash, BlockId, Request, RequestId
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class KVManager:
 
     window: tokens that any layer can still see behind a position, None if some layer sees all. Blocks out of every
     layer's sight are given back while the request runs.
+    record_events: note what becomes cached and what is evicted; somebody has to `take_events`.
     """
 
     def __init__(
@@ -39,10 +43,12 @@ class KVManager:
         enable_prefix_caching: bool = True,
         watermark: float = 0.0,
         window: int | None = None,
+        record_events: bool = False,
     ) -> None:
         self.block_size = block_size
         self._cache = PrefixCache()
-        self._pool = BlockPool(num_blocks, on_reuse=self._cache.evict)
+        self._pool = BlockPool(num_blocks, on_evict=self._evict)
+        self._events = KVEventRecorder() if record_events else None
         self._is_caching = enable_prefix_caching
         self._watermark_blocks = int(watermark * num_blocks)
         self._window = window
@@ -58,6 +64,11 @@ class KVManager:
         return self._pool.num_free
 
     @property
+    def num_empty_blocks(self) -> int:
+        """Free blocks that hold nothing cached: they are handed out first, and nothing is lost with them."""
+        return self._pool.num_empty
+
+    @property
     def num_deferred_blocks(self) -> int:
         """Blocks that are given back once a step in flight is over; some may stay with others who share them."""
         return sum(len(blocks) for _, blocks in self._deferred)
@@ -65,6 +76,14 @@ class KVManager:
     @property
     def num_cached_blocks(self) -> int:
         return len(self._cache)
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """All that can be found now, a block behind those that it is built on. O(cached blocks)."""
+        return self._cache.hashes()
+
+    def take_events(self) -> list[KVEvent]:
+        """What happened to the cache since the last call, in order; nothing unless `record_events`."""
+        return self._events.take() if self._events is not None else []
 
     def holds(self, request_id: RequestId) -> bool:
         return request_id in self._tables
@@ -83,6 +102,24 @@ class KVManager:
 
     # -- admission ---------------------------------------------------------------------------------------------
 
+    def num_cached_tokens(self, request: Request) -> int:
+        """Known tokens that would be found in the cache if the request were admitted now."""
+        return len(self._find_hits(request)) * self.block_size
+
+    def _find_hits(self, request: Request) -> list[BlockId]:
+        if not self._is_caching:
+            return []
+        # The last known token is always computed: its logits are wanted.
+        limit = (request.num_known - 1) // self.block_size
+        extend_hashes(request, limit, self.block_size)
+        return self._cache.longest_match(request.block_hashes[:limit])
+
+    def _has_room(self, request: Request, hits: list[BlockId], *, is_alone: bool) -> bool:
+        """Whether there are blocks for all known tokens. Hits in the free blocks are taken out of them too."""
+        num_in_use = sum(self._pool.references(block) > 0 for block in hits)
+        reserve = 0 if is_alone else self._watermark_blocks
+        return blocks_needed(request.num_known, self.block_size) - num_in_use + reserve <= self._pool.num_free
+
     def admit(self, request: Request, *, is_alone: bool) -> bool:
         """Give blocks for all known tokens, those with a cached prefix first. Sets request.num_computed.
 
@@ -90,17 +127,10 @@ class KVManager:
         computed by preempting others makes everybody slower.
         """
         assert request.request_id not in self._tables, request.request_id
-        hits: list[BlockId] = []
-        if self._is_caching:
-            # The last known token is always computed: its logits are wanted.
-            limit = (request.num_known - 1) // self.block_size
-            extend_hashes(request, limit, self.block_size)
-            hits = self._cache.longest_match(request.block_hashes[:limit])
-        total = blocks_needed(request.num_known, self.block_size)
-        taken_from_free = total - len(hits) + sum(self._pool.references(block) == 0 for block in hits)
-        reserve = 0 if is_alone else self._watermark_blocks
-        if taken_from_free + reserve > self._pool.num_free:
+        hits = self._find_hits(request)
+        if not self._has_room(request, hits, is_alone=is_alone):
             return False
+        total = blocks_needed(request.num_known, self.block_size)
         for block in hits:
             self._pool.acquire(block)
         blocks = hits + self._pool.allocate(total - len(hits))
@@ -167,11 +197,56 @@ class KVManager:
         num_full = request.num_computed // self.block_size
         if self._is_caching and num_full > table.num_cached:
             extend_hashes(request, num_full, self.block_size)
-            for index in range(table.num_cached, num_full):
-                if table.blocks[index] != NULL_BLOCK:
-                    self._cache.insert(request.block_hashes[index], table.blocks[index])
+            self._offer(request, table, range(table.num_cached, num_full))
             table.num_cached = num_full
         self._pass_window(table, request.num_computed)
+
+    def _offer(self, request: Request, table: BlockTable, indices: range) -> None:
+        """Let full blocks be found from now on, unless another one is."""
+        new = [
+            index
+            for index in indices
+            if table.blocks[index] != NULL_BLOCK and self._cache_block(request.block_hashes[index], table.blocks[index])
+        ]
+        if self._events is not None:
+            for run in _runs(new):
+                self._events.stored(self._stored(request, run))
+
+    def _cache_block(self, block_hash: BlockHash, block: BlockId) -> bool:
+        """Whether that hash was not cached before. Of blocks with equal hashes one in use is the cached one."""
+        if self._cache.knows(block):
+            return False
+        cached = self._cache.block_of(block_hash)
+        if cached is not None and self._pool.references(cached) > 0:
+            self._cache.add_twin(block_hash, block)
+            return False
+        self._cache.insert(block_hash, block)
+        if cached is not None:
+            self._pool.inherit(block, cached)
+            self._pool.discard(cached)
+        return cached is None
+
+    def _stored(self, request: Request, run: range) -> BlocksStored:
+        hashes = request.block_hashes
+        return BlocksStored(
+            block_hashes=tuple(hashes[run.start : run.stop]),
+            parent=hashes[run.start - 1] if run.start else None,
+            token_ids=request.known_ids(run.start * self.block_size, run.stop * self.block_size),
+            salt=request.cache_salt,
+        )
+
+    def _evict(self, block: BlockId) -> None:
+        block_hash = self._cache.evict(block)
+        if self._events is not None:
+            self._events.removed(block_hash)
+
+    def _keeps(self, block: BlockId) -> bool:
+        """Whether a block that nobody references any more is a cached one. If it has twins, one of those is it."""
+        heir = self._cache.withdraw(block)
+        if heir is None:
+            return self._cache.knows(block)
+        self._pool.inherit(heir, block)
+        return False
 
     def _num_out_of_sight(self, position: int) -> int:
         """Leading blocks that a query at `position` cannot see: it sees (position - window, position]."""
@@ -183,7 +258,76 @@ class KVManager:
             passed = table.blocks[table.num_passed : num_passed]
             table.blocks[table.num_passed : num_passed] = [NULL_BLOCK] * len(passed)
             table.num_passed = num_passed
-            self._pool.release(reversed(passed), keep=self._cache.holds)
+            self._pool.release(reversed(passed), keep=self._keeps)
+
+    # -- many steps at once ------------------------------------------------------------------------------------
+
+    @property
+    def can_leap(self) -> bool:
+        """Whether blocks come back only when requests end."""
+        return self._window is None and not self._deferred
+
+    def stays_out(self, request: Request, running: Iterable[Request]) -> bool:
+        """Whether a request that waits finds no room, and will find none however far the running ones get: they only
+        take blocks, unless one of them is about to cache a block that this one could share.
+        """
+        hits = self._find_hits(request)
+        if self._has_room(request, hits, is_alone=False):
+            return False
+        limit = min(len(hits) + 1, (request.num_known - 1) // self.block_size)
+        return not any(self._caches_next(other, request.block_hashes[:limit]) for other in running)
+
+    def _caches_next(self, request: Request, hashes: list[BlockHash]) -> bool:
+        """Whether the next block that a running request fills may be one of these."""
+        index = self._tables[request.request_id].num_cached
+        if index >= len(hashes):
+            return False
+        own = request.block_hashes[: index + 1]
+        return own == hashes[: len(own)]
+
+    def most_growth(self, requests: Sequence[Request], num_tokens: int) -> int:
+        """The most tokens, up to `num_tokens`, that there are blocks for if each request computes as many."""
+
+        def is_enough(count: int) -> bool:
+            missing = [
+                blocks_needed(each.num_known + count - 1 - each.num_slots, self.block_size)
+                for each in requests
+                if each.num_known + count - 1 > each.num_slots
+            ]
+            return sum(missing) <= self._pool.num_free
+
+        if is_enough(num_tokens):
+            return num_tokens
+        return bisect.bisect_left(range(num_tokens), True, key=lambda count: not is_enough(count)) - 1
+
+    def advance(self, decoding: Sequence[Request], prompt: Request | None, chunk: int, num_steps: int) -> None:
+        """Grow and commit as `num_steps` steps would, in their order, where each lets every one of `decoding` compute
+        one token, and `prompt` a chunk. The tokens are known already, the blocks are there.
+        """
+        size = self.block_size
+        moments: list[tuple[int, int, int]] = []  # (step, 0 to grow or 1 to commit, index of the request)
+        starts = [request.num_computed for request in decoding]
+        for index, (request, start) in enumerate(zip(decoding, starts, strict=True)):
+            moments += [(step, 0, index) for step in range(request.num_slots - start + 1, num_steps + 1, size)]
+            moments += [(step, 1, index) for step in range(size - start % size, num_steps + 1, size)]
+        if prompt is not None:
+            moments += [(step, 1, len(decoding)) for step in range(1, num_steps + 1)]
+        for step, is_commit, index in sorted(moments):
+            if index == len(decoding):
+                assert prompt is not None
+                prompt.num_computed += chunk
+                self.commit(prompt)
+                continue
+            request = decoding[index]
+            if is_commit:
+                request.num_computed = starts[index] + step
+                self.commit(request)
+            else:
+                has_grown = self.grow(request, starts[index] + step)
+                assert has_grown, request
+                self.take_unsent(request.request_id)
+        for request, start in zip(decoding, starts, strict=True):
+            request.num_computed = start + num_steps
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -194,18 +338,21 @@ class KVManager:
             return
         blocks = table.blocks[::-1]
         if after_step is None:
-            self._pool.release(blocks, keep=self._cache.holds)
+            self._pool.release(blocks, keep=self._keeps)
         else:
             self._deferred.append((after_step, blocks))
 
     def retire(self, step: int) -> None:
         """Step `step` and all before it are over: blocks that waited for them are free."""
         while self._deferred and self._deferred[0][0] <= step:
-            self._pool.release(self._deferred.popleft()[1], keep=self._cache.holds)
+            self._pool.release(self._deferred.popleft()[1], keep=self._keeps)
 
     def reset_cache(self) -> None:
         """Forget all cached prefixes; blocks in use stay in use."""
         self._cache.clear()
+        self._pool.discard_all()
+        if self._events is not None:
+            self._events.cleared()
         for table in self._tables.values():
             table.num_cached = 0
 
@@ -224,3 +371,14 @@ class KVManager:
         for block in range(1, self._pool.num_blocks):
             references = self._pool.references(BlockId(block))
             assert references == owned.get(BlockId(block), 0), (block, references)
+
+
+def _runs(indices: Iterable[int]) -> list[range]:
+    """Ascending numbers as ranges of consecutive ones."""
+    runs: list[range] = []
+    for index in indices:
+        if runs and runs[-1].stop == index:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs

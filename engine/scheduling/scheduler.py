@@ -1,8 +1,9 @@
 """Continuous batching with one rule: every step, computed tokens catch up with known tokens under one token budget.
 
 Iteration-level scheduling (Orca, Yu et al. 2022) with stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024,
-arXiv 2403.02310): running requests first, the rest of the budget to prompts. There is no prefill phase and no decode
-phase; chunks, cached prefixes, forks and preemption all come down to where `num_computed` stands.
+arXiv 2403.02310): requests that decode first, the rest of the budget to prompts in the policy's order. There is no
+prefill phase and no decode phase; chunks, cached prefixes, forks and preemption all come down to where `num_computed`
+stands.
 
 Steps are planned while earlier ones are in flight. The one thing that a plan cannot know then is a token that is being
 sampled: a request that waits for one is planned again `spacing` steps later at the earliest, with the token left open
@@ -11,20 +12,26 @@ for the ranks to fill in. With as many steps as pipeline stages in between, no s
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from shoal.engine.load import MAX_PREFILLS, EngineLoad
 from shoal.engine.memory.kv_manager import KVManager
 from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
 from shoal.engine.request import BlockId, FinishReason, Request, RequestId, RequestOutput, RequestTimes
-from shoal.engine.scheduling.waiting_queue import WaitingQueue
+from shoal.engine.scheduling.waiting_queue import OrderKey, WaitingQueue
+from shoal.engine.step_time import StepTime, StepWork
 
 # A NamedTuple's own constructor is a Python function; these two are called for every request in every step.
 _continued = cast(Callable[[tuple[object, ...]], ContinuedRequest], partial(tuple.__new__, ContinuedRequest))
 _output = cast(Callable[[tuple[object, ...]], RequestOutput], partial(tuple.__new__, RequestOutput))
+
+
+LEAP_TOKEN = 0
 
 
 @dataclass(slots=True)
@@ -34,6 +41,17 @@ class SchedulerCounters:
     generation_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
+
+
+@dataclass(slots=True)
+class Admission:
+    """New requests of a plan that is being made."""
+
+    budget: int  # tokens that the step has left, for running prompts as well
+    most: int  # requests that may be new
+    is_over: bool = False
+    new: list[NewRequest] = field(default_factory=list)
+    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -92,8 +110,11 @@ class Scheduler:
         request.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         source = self._find(request.fork_of) if request.fork_of is not None else None
         if source is not None and source.first_token_s is None:
+            self._waiting.arrive(request, num_tokens=1)
             self._forks.setdefault(source.request_id, []).append(request)
         else:
+            request.num_planned = self._kv.num_cached_tokens(request)
+            self._waiting.arrive(request, request.num_remaining)
             self._waiting.push(request)
 
     def _find(self, request_id: RequestId) -> Request | None:
@@ -124,29 +145,32 @@ class Scheduler:
 
     def _wake_forks(self, source: RequestId) -> None:
         for request in self._forks.pop(source, ()):
+            request.num_planned = self._kv.num_cached_tokens(request)
             self._waiting.push(request)
 
     # -- plan --------------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
-        """What the next step computes. Running requests first, one-token ones before chunks, then new ones.
+        """What the next step computes: a token of every request that has but one to compute, then prompts, running or
+        new, as far as the budget goes.
 
         The plan is empty where all that could be computed is in flight already.
         """
         self._step += 1
         num_preemptions = self.counters.preemptions
         most = self._fair_share()
-        continued, num_decoding, num_tokens = self._plan_running(self._step - self._spacing, most)
+        entries, chunked = self._plan_decoding(self._step - self._spacing, most)
+        admission = Admission(self._max_step_tokens - len(entries), most - len(entries))
         # Blocks that a preemption freed are for those who ran short, not for the victim again.
-        has_room = self.counters.preemptions == num_preemptions
-        new, copies = self._admit(self._max_step_tokens - num_tokens, most - num_decoding) if has_room else ([], [])
+        admission.is_over = self.counters.preemptions > num_preemptions
+        num_tokens = len(entries) + self._plan_prompts(chunked, entries, admission)
         plan = StepPlan(
             step=self._step,
-            new=tuple(new),
-            continued=tuple(continued.values()),
+            new=tuple(admission.new),
+            continued=tuple(entries.values()),
             finished=tuple(self._forgotten),
-            copies=tuple(copies),
-            num_tokens=num_tokens + sum([entry.num_new for entry in new]),
+            copies=tuple(admission.copies),
+            num_tokens=num_tokens,
         )
         if plan.is_empty:
             self._step -= 1
@@ -162,9 +186,9 @@ class Scheduler:
             return self._max_running
         return -(-min(len(self._running) + len(self._waiting), self._max_running) // self._spacing)
 
-    def _plan_running(self, latest: int, most: int) -> tuple[dict[RequestId, ContinuedRequest], int, int]:
-        """Entries, how many requests were let decode, `most` at most, and the tokens of all entries. A request whose
-        token is being sampled by a step after `latest` has to wait for it.
+    def _plan_decoding(self, latest: int, most: int) -> tuple[dict[RequestId, ContinuedRequest], list[Request]]:
+        """Entries of requests with one token to compute, `most` at most, and the requests that have more. A request
+        whose token is being sampled by a step after `latest` has to wait for it.
         """
         entries: dict[RequestId, ContinuedRequest] = {}
         chunked = []
@@ -177,14 +201,25 @@ class Scheduler:
                 continue  # waits for a token, or for its last one
             elif num_decoding < most and self._continue(request, 1, entries):
                 num_decoding += 1
-        budget = self._max_step_tokens - num_decoding
+        return entries, self._in_turn(chunked)
+
+    def _in_turn(self, chunked: list[Request]) -> list[Request]:
+        """Running requests that are not through with their prompts, as the policy has them."""
+        return sorted(chunked, key=self._waiting.key) if self._waiting.is_shortest_first else chunked
+
+    def _plan_prompts(
+        self, chunked: list[Request], entries: dict[RequestId, ContinuedRequest], admission: Admission
+    ) -> int:
+        """Spend the budget on prompts, each as much as it can use; the answer is the tokens."""
+        budget = admission.budget
         for request in chunked:
-            # A preemption may have taken back tokens that were planned: never more than the budget either way.
-            num_new = min(request.num_expected - request.num_planned, budget)
+            if self._waiting.is_shortest_first:
+                self._admit(admission, before=self._waiting.key(request))
+            num_new = min(request.num_remaining, admission.budget)
             if num_new > 0 and self._continue(request, num_new, entries):
-                budget -= num_new
-        num_tokens = sum([entry.num_new for entry in entries.values()]) if chunked else len(entries)
-        return entries, num_decoding, num_tokens
+                admission.budget -= num_new
+        self._admit(admission)
+        return budget - admission.budget
 
     def _continue(self, request: Request, num_new: int, entries: dict[RequestId, ContinuedRequest]) -> bool:
         """Plan `num_new` tokens of a running request, preempting others for blocks if need be."""
@@ -225,7 +260,8 @@ class Scheduler:
         """
         del self._running[request.request_id]
         self._leave(request)
-        request.num_computed = request.num_planned = request.num_slots = 0
+        request.num_computed = request.num_slots = 0
+        request.num_planned = self._kv.num_cached_tokens(request)
         request.num_preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(request)
@@ -238,44 +274,58 @@ class Scheduler:
     def _is_in_flight(self, request: Request) -> bool:
         return request.last_step > self._retired_step
 
-    def _admit(self, budget: int, most: int) -> tuple[list[NewRequest], list[tuple[BlockId, BlockId]]]:
-        admitted: list[NewRequest] = []
-        copies: list[tuple[BlockId, BlockId]] = []
-        while budget > 0 and len(admitted) < most and len(self._running) < self._max_running:
+    def _admit(self, admission: Admission, before: OrderKey | None = None) -> None:
+        """Start waiting requests in their order, those with a key below `before` if that is given, until there is no
+        budget, no room, or nobody left.
+        """
+        while not admission.is_over:
             request = self._waiting.peek()
-            if request is None or self._is_in_flight(request):  # preempted: its last step is not over yet
-                break
-            forked = self._place(request)
-            if forked is None:
-                break
-            copies.extend(forked)
-            self._waiting.pop()
-            self._running[request.request_id] = request
-            num_new = min(request.num_known - request.num_computed, budget)
-            budget -= num_new
-            if request.admitted_s is None:
-                request.admitted_s = self._clock()
-                request.num_cached_tokens = request.num_computed
-                self.counters.prompt_tokens += len(request.prompt_ids)
-                self.counters.cached_tokens += request.num_computed
-            request.num_sent = request.num_known
-            request.last_step = self._step
-            request.num_planned = request.num_computed + num_new
-            request.num_expected = request.num_known + (request.num_planned == request.num_known)
-            admitted.append(
-                NewRequest(
-                    request.request_id,
-                    request.known_ids(0, request.num_known),
-                    len(request.prompt_ids),
-                    request.num_computed,
-                    num_new,
-                    self._kv.take_unsent(request.request_id),
-                    request.params,
-                    request.seed,
-                    request.stream,
-                )
-            )
-        return admitted, copies
+            if request is not None and before is not None and self._waiting.key(request) >= before:
+                return
+            if request is None or not self._may_start(request, admission):
+                admission.is_over = True
+                return
+            copies = self._place(request)
+            if copies is None:
+                admission.is_over = True
+                return
+            admission.copies.extend(copies)
+            admission.new.append(self._start(request, admission.budget))
+            admission.budget -= admission.new[-1].num_new
+
+    def _may_start(self, request: Request, admission: Admission) -> bool:
+        return (
+            admission.budget > 0
+            and len(admission.new) < admission.most
+            and len(self._running) < self._max_running
+            and not self._is_in_flight(request)  # preempted: its last step is not over yet
+        )
+
+    def _start(self, request: Request, budget: int) -> NewRequest:
+        """From waiting, with its blocks in place, to running; its first chunk is at most `budget`."""
+        self._waiting.pop()
+        self._running[request.request_id] = request
+        num_new = min(request.num_known - request.num_computed, budget)
+        if request.admitted_s is None:
+            request.admitted_s = self._clock()
+            request.num_cached_tokens = request.num_computed
+            self.counters.prompt_tokens += len(request.prompt_ids)
+            self.counters.cached_tokens += request.num_computed
+        request.num_sent = request.num_known
+        request.last_step = self._step
+        request.num_planned = request.num_computed + num_new
+        request.num_expected = request.num_known + (request.num_planned == request.num_known)
+        return NewRequest(
+            request.request_id,
+            request.known_ids(0, request.num_known),
+            len(request.prompt_ids),
+            request.num_computed,
+            num_new,
+            self._kv.take_unsent(request.request_id),
+            request.params,
+            request.seed,
+            request.stream,
+        )
 
     def _place(self, request: Request) -> tuple[tuple[BlockId, BlockId], ...] | None:
         """Give the request its blocks; None if there are too few. Answers the copies that the ranks must make."""
@@ -345,6 +395,115 @@ class Scheduler:
             self._waiting.remove(request.request_id)
         self.counters.finished += 1
         return request_times(request, self._clock())
+
+    # -- many steps at once ------------------------------------------------------------------------------------
+
+    def most_alike_steps(self) -> int:
+        """How many steps from now on do the same to the same requests: a token to each that decodes, and the rest of
+        the budget to one prompt, which they do not finish. 0 where the next step is of another kind. For simulation:
+        `leap` takes them at once.
+        """
+        decoding, prompt, budget = self._alike()
+        if self._spacing > 1 or self._retired_step != self._step or not self._kv.can_leap or not self._running:
+            return 0
+        if any(request.first_token_s is None or LEAP_TOKEN in request.end_ids for request in decoding):
+            return 0
+        if not self._stays_closed(prompt, budget):
+            return 0
+        limits = [request.max_known - request.num_known - 1 for request in decoding]
+        if prompt is not None:
+            limits.append((prompt.num_remaining - 1) // budget)
+        return self._kv.most_growth(decoding, min(limits))
+
+    def next_work(self) -> StepWork:
+        """Of the first of the alike steps. Each has as many context tokens more as the one before it has tokens."""
+        decoding, prompt, budget = self._alike()
+        num_context = sum([request.num_computed for request in decoding])
+        if prompt is None:
+            return StepWork(0, len(decoding), num_context)
+        return StepWork(budget, len(decoding), num_context + prompt.num_computed)
+
+    def leap(self, num_steps: int) -> list[RequestOutput]:
+        """Take `num_steps` steps, at most `most_alike_steps()`, with all that as many plans and commits would do where
+        every token drawn is LEAP_TOKEN.
+        """
+        assert 0 < num_steps <= self.most_alike_steps(), num_steps
+        decoding, prompt, budget = self._alike()
+        for request in decoding:
+            request.output_ids.extend([LEAP_TOKEN] * num_steps)
+            request.num_known += num_steps
+        self._kv.advance(decoding, prompt, budget, num_steps)
+        self._step += num_steps
+        self._retired_step = self._step
+        self._forgotten.clear()
+        for request in decoding:
+            request.num_planned = request.num_sent = request.num_computed
+            request.num_expected = request.num_known
+            request.last_step = self._step
+        if prompt is not None:
+            prompt.num_planned = prompt.num_computed
+            prompt.last_step = self._step
+        self.counters.generation_tokens += num_steps * len(decoding)
+        token_ids = (LEAP_TOKEN,) * num_steps
+        return [
+            _output((each.request_id, token_ids, (), None, each.num_cached_tokens, None, None)) for each in decoding
+        ]
+
+    def _alike(self) -> tuple[list[Request], Request | None, int]:
+        """Requests that decode in the next step, the prompt that is first in turn, and the budget that it has; None if
+        there is none.
+        """
+        decoding = [request for request in self._running.values() if request.num_remaining == 1]
+        prompts = self._in_turn([request for request in self._running.values() if request.num_remaining > 1])
+        budget = self._max_step_tokens - len(decoding)
+        return decoding, prompts[0] if prompts and budget else None, budget
+
+    def _stays_closed(self, prompt: Request | None, budget: int) -> bool:
+        """Whether no waiting request can be admitted, now or after any number of alike steps."""
+        head = self._waiting.peek()
+        if head is None or budget == 0 or len(self._running) >= self._max_running:
+            return True
+        if prompt is not None:  # it uses all the budget, and comes no later in turn as it goes on
+            is_before = self._waiting.is_shortest_first and self._waiting.key(head) < self._waiting.key(prompt)
+            if not is_before:
+                return True
+        return head.fork_of is None and self._kv.stays_out(head, self._running.values())
+
+    # -- what is to be done ------------------------------------------------------------------------------------
+
+    def load(self, step_time: StepTime | None, finished_per_s: float) -> EngineLoad:
+        """All that a router wants to know, and what others have measured. O(requests)."""
+        prefills, more_prefill_tokens = self._prefills()
+        running = self._running.values()
+        return EngineLoad(
+            prefills=prefills,
+            more_prefill_tokens=more_prefill_tokens,
+            num_running=self.num_running,
+            max_running_requests=self._max_running,
+            num_waiting=self.num_waiting,
+            num_decoding=sum([request.is_prompt_computed for request in running]),
+            num_context_tokens=sum([request.num_computed for request in running]),
+            num_free_blocks=self._kv.num_free_blocks,
+            num_empty_blocks=self._kv.num_empty_blocks,
+            num_blocks=self._kv.num_usable_blocks,
+            block_size=self._kv.block_size,
+            max_step_tokens=self._max_step_tokens,
+            step_time=step_time,
+            finished_per_s=finished_per_s,
+        )
+
+    def _prefills(self) -> tuple[tuple[tuple[RequestId, int], ...], int]:
+        """`EngineLoad.prefills` and `more_prefill_tokens`. Steps in flight count as done."""
+        key = self._waiting.key
+        running = self._in_turn([request for request in self._running.values() if not request.is_prompt_computed])
+        waiting = heapq.nsmallest(MAX_PREFILLS, self._waiting, key=key)
+        ordered = heapq.merge(running, waiting, key=key) if self._waiting.is_shortest_first else running + waiting
+        forks = [fork for forks in self._forks.values() for fork in forks]
+        listed = [(request.request_id, request.num_remaining) for request in ordered]
+        listed += [(fork.request_id, 1) for fork in forks]
+        total = sum([request.num_remaining for request in running]) + self._waiting.num_tokens + len(forks)
+        first = tuple(listed[:MAX_PREFILLS])
+        return first, total - sum([num_tokens for _, num_tokens in first])
 
     def check(self) -> None:
         """Assert what must hold between steps (a self-audit, run when idle)."""

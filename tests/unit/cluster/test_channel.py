@@ -13,7 +13,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.channel import CallSummary, GenerateCall, decode_step, encode_keepalive, encode_step
+from shoal.cluster.channel import CallSummary, GenerateCall, decode_gateway_message, encode_keepalive, encode_step
 from shoal.cluster.gateway import inbox, replica_backend
 from shoal.cluster.gateway.backend import ReplicaFailedError
 from shoal.cluster.gateway.inbox import StepInbox, TokensLostError
@@ -21,6 +21,7 @@ from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.replica import channel
 from shoal.cluster.replica.calls import Calls
 from shoal.cluster.replica.channel import GatewayChannels
+from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
 from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.plan import StepPlan, StepResult
@@ -133,10 +134,11 @@ class Rig:
         self.engine = AsyncEngine(lambda progress: (self._config(), self.device))
         self.calls = Calls(self.engine)
         self.inbox = StepInbox("127.0.0.1")
+        self.routing = ModelRouting("tiny")
         self.backend = self.backend_over(self.calls.run)
 
     def backend_over(self, generate: Callable[[GenerateCall, str], Any]) -> ReplicaBackend:
-        return ReplicaBackend("tiny", LocalHandle(generate), self.inbox)  # type: ignore[arg-type]
+        return ReplicaBackend("tiny", LocalHandle(generate), self.inbox, self.routing)  # type: ignore[arg-type]
 
     def _config(self) -> EngineConfig:
         return resolve(EngineOptions("tiny", block_size=4), MODEL, Machine("cpu", 2**30, 1))
@@ -160,6 +162,7 @@ async def rig() -> AsyncIterator[Rig]:
     await rig.engine.close()
     rig.calls.close()
     rig.inbox.close()
+    rig.routing.close()
 
 
 def call(name: str, max_tokens: int = 5, *, n: int = 1, prompt: tuple[int, ...] = (7, 8, 9)) -> GenerateCall:
@@ -353,9 +356,9 @@ outputs = st.builds(
 
 @given(st.lists(st.text(max_size=40).map(RequestId), max_size=4))
 def test_a_keepalive_carries_every_call(ids: list[RequestId]) -> None:
-    assert decode_step(encode_keepalive(ids)) == ids
+    assert decode_gateway_message(encode_keepalive(ids)) == ids
 
 
 @given(st.lists(outputs, max_size=4))
 def test_a_step_message_carries_every_field(step: list[RequestOutput]) -> None:
-    assert decode_step(encode_step(step)) == step
+    assert decode_gateway_message(encode_step(step)) == step

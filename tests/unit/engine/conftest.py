@@ -142,10 +142,12 @@ def fake_config(**options: Any) -> EngineConfig:
 class Harness:
     """A core over the fake device, and what came out of it."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: Any) -> None:
+    def __init__(
+        self, num_blocks: int = 64, block_size: int = 4, *, record_kv_events: bool = False, **options: Any
+    ) -> None:
         config = fake_config(block_size=block_size, **options)
         self.executor = FakeExecutor(num_blocks, block_size, window=config.model.layer_windows[0])
-        self.core = EngineCore(config, self.executor)
+        self.core = EngineCore(config, self.executor, record_kv_events=record_kv_events)
         self.core.start()
         self.outputs: dict[RequestId, list[int]] = {}
         self.finished: dict[RequestId, RequestOutput] = {}

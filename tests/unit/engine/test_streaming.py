@@ -30,10 +30,10 @@ def request(name: str, length: int = 7, max_tokens: int = 6, **fields: object) -
 async def make_engine(make_harness, make_config):
     engines = []
 
-    async def make(executor=None, **options):
+    async def make(executor=None, observer=None, **options):
         config = make_config(block_size=4, **options)
         executor = executor or make_harness().executor
-        engine = AsyncEngine(lambda progress: (config, executor))
+        engine = AsyncEngine(lambda progress: (config, executor), observer=observer)
         await engine.start()
         engines.append(engine)
         return engine
@@ -187,3 +187,24 @@ async def test_a_start_that_fails_raises_its_own_error(make_config):
     with pytest.raises(ConfigError, match="no such model"):
         await engine.start()
     await engine.close()
+
+
+async def test_an_observer_sees_arrivals_before_their_step_and_steps_after_their_outputs(make_engine, make_harness):
+    seen: list[tuple[str, int, int, int]] = []
+    stored = []
+    sink = Collector()
+
+    def observe(core) -> None:
+        load = core.load()
+        name = threading.current_thread().name
+        seen.append((name, len(load.prefills), core.stats().steps_total, len(sink.batches)))
+        stored.extend(core.take_kv_events())
+
+    engine = await make_engine(SlowExecutor(make_harness().executor), observer=observe)
+    engine.submit([request("r", length=9, max_tokens=3)], sink)
+    await wait_until(lambda: engine.stats().requests_finished_total == 1)
+    await wait_until(lambda: seen[-1][2] == 3)
+    assert {name for name, *_ in seen} == {"engine"}
+    assert [counts for _, *counts in seen if counts[1:] == [0, 0]] == [[1, 0, 0]]
+    assert [num_batches for _, _, num_steps, num_batches in seen if num_steps] == [1, 2, 3]
+    assert [len(event.block_hashes) for event in stored] == [2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, ServedModel
+from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, Placement, Prediction, ServedModel
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine.executor import RankInfo
 from shoal.engine.request import FinishReason, RequestOutput, TokenLogprobs
@@ -34,6 +34,8 @@ class PlayedBackend:
         self.hangs_after: int | None = None
         self.ends_with_eos = True
         self.finish: FinishReason | None = None  # instead of the real reason
+        self.prediction: Prediction | None = None
+        self.placed: Placement | None = None
         self.calls: list[GenerateCall] = []
         self.num_closed = 0
         self.num_steps = 0
@@ -73,6 +75,12 @@ class PlayedBackend:
                 await asyncio.sleep(0)
         finally:
             self.num_closed += 1
+
+    async def predict(self, call: GenerateCall, ttft_objective_s: float | None = None) -> Prediction | None:
+        return self.prediction
+
+    def placement(self, call: GenerateCall) -> Placement | None:
+        return self.placed if call in self.calls else None
 
     async def groups(self) -> list[GroupStatus]:
         return [GroupStatus("running", "0", 8, 16, (RANK,)), GroupStatus("starting")]

@@ -1,0 +1,135 @@
+"""What a replica has to do, as far as this gateway knows: its last report, and what was routed to it since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.engine.load import EngineLoad
+from shoal.engine.step_time import StepTime
+
+# Until any replica has reported how fast it is, costs count tokens: this makes them seconds in name only.
+NOMINAL: Final = StepTime(base=0.0, per_prefill_token=1e-3, per_decode_token=0.0, per_context_token=0.0)
+# A reservation that no report has shown by then is of a call that never reached its replica.
+LEASE_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class Reservation:
+    """A request on its way to a replica, or waiting there for its first token."""
+
+    request_id: str
+    num_uncached: int  # prompt tokens that it will compute there
+    num_prompt: int
+    expires_s: float
+    is_reported: bool = False  # a report has shown it: from then on reports tell how far it is
+
+
+class ReplicaLoad:
+    """One replica's work. The plain attributes are what a cost is made of; they are renewed with every change.
+
+    Between reports the work that they hold is taken to go on at the rate that the replica has reported.
+    """
+
+    __slots__ = (
+        "_report", "_reservations", "backlog", "decoding_delay", "is_known", "max_step_tokens", "num_decoding",
+        "num_empty_blocks", "num_open", "num_tokens_routed", "per_prefill_token", "prefills", "reported_s",
+        "room_blocks", "seconds_per_token", "slot_wait_s", "step_s", "step_time",
+    )  # fmt: skip
+
+    def __init__(self, now: float) -> None:
+        self._report: EngineLoad | None = None
+        self._reservations: dict[str, Reservation] = {}
+        self.reported_s = now
+        self.num_tokens_routed = 0
+        self.step_time = NOMINAL
+        self.is_known = False  # whether the step time is this or another replica's own, not NOMINAL
+        self._renew()
+
+    @property
+    def measured(self) -> StepTime | None:
+        """What the replica itself has reported."""
+        return self._report.step_time if self._report is not None else None
+
+    @property
+    def report(self) -> EngineLoad | None:
+        return self._report
+
+    def apply(self, report: EngineLoad, now: float) -> None:
+        """Take in a report that was made at about `now`."""
+        known = {request_id for request_id, _ in report.prefills}
+        kept = {}
+        for request_id, reservation in self._reservations.items():
+            if request_id in known:
+                reservation.is_reported = True
+            elif reservation.is_reported or reservation.expires_s <= now:
+                continue  # computed, gone, or never come
+            kept[request_id] = reservation
+        self._reservations = kept
+        self._report = report
+        self.reported_s = now
+        if report.step_time is not None:
+            self.step_time, self.is_known = report.step_time, True
+        self._renew()
+
+    def assume(self, step_time: StepTime) -> None:
+        """Use another replica's step time until this one reports its own."""
+        if self.measured is None:
+            self.step_time, self.is_known = step_time, True
+            self._renew()
+
+    def reserve(self, reservation: Reservation) -> None:
+        self._reservations[reservation.request_id] = reservation
+        self.num_tokens_routed += reservation.num_uncached
+        self._renew()
+
+    def settle(self, request_id: str) -> None:
+        """The request has its first token, or is gone."""
+        if self._reservations.pop(request_id, None) is not None:
+            self._renew()
+
+    def expire(self, now: float) -> None:
+        """Drop reservations whose calls have not shown up in time."""
+        late = [r.request_id for r in self._reservations.values() if not r.is_reported and r.expires_s <= now]
+        for request_id in late:
+            self.settle(request_id)
+
+    @property
+    def reserved_ids(self) -> Iterable[str]:
+        return self._reservations.keys()
+
+    def _renew(self) -> None:
+        report, time, reserved = self._report, self.step_time, self._reservations
+        pending = [r.num_uncached for r in reserved.values() if not r.is_reported]
+        if report is None:
+            self.prefills = pending
+            self.num_decoding = self.num_empty_blocks = 0
+            self.room_blocks = 2**31
+            self.max_step_tokens = 2**31
+            self.step_s = time.base
+            self.seconds_per_token = time.per_prefill_token
+            self.slot_wait_s = 0.0
+            self.num_open = len(pending)
+        else:
+            # A replica counts what was cached when a request came; what it will find there by then, the router knows.
+            self.prefills = [
+                remaining if (routed := reserved.get(request_id)) is None else min(remaining, routed.num_uncached)
+                for request_id, remaining in report.prefills
+            ]
+            if report.more_prefill_tokens:
+                self.prefills.append(report.more_prefill_tokens)
+            self.prefills += pending
+            self.num_decoding = report.num_decoding
+            self.num_empty_blocks = report.num_empty_blocks
+            self.room_blocks = report.num_free_blocks
+            self.max_step_tokens = report.max_step_tokens
+            self.step_s = time.seconds(0, report.num_decoding, report.num_context_tokens)
+            share = max(1, report.max_step_tokens - report.num_decoding)  # of a step, for prompts
+            self.seconds_per_token = time.per_prefill_token + self.step_s / share
+            self.num_open = report.num_running + report.num_waiting + len(pending)
+            excess = self.num_open + 1 - report.max_running_requests
+            self.slot_wait_s = excess / report.finished_per_s if excess > 0 and report.finished_per_s > 0 else 0.0
+        self.per_prefill_token = time.per_prefill_token
+        self.decoding_delay = time.per_prefill_token * self.num_decoding  # of all that decode, by a prompt token
+        self.backlog = sum(self.prefills)
