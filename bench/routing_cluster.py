@@ -66,14 +66,15 @@ class Load:
     num_blocks: int = 268  # KV blocks of a replica: six and a half prefixes, and what running requests need besides
     num_clients: int = 8
     num_warm: int = 48
-    num_requests: int = 64  # of a round
+    num_requests: int = 56  # of a round
+    num_open: int = 40
     num_probes: int = 6
     repeats: int = 3
 
     def trace(self) -> Trace:
         """All requests of all rounds, those of the warm-up first."""
         return shared_prefix_trace(
-            num_requests=self.num_warm + (self.repeats + 1) * self.num_requests,
+            num_requests=self.num_warm + self.repeats * self.num_requests + self.num_open,
             requests_per_s=1.0,
             num_prefixes=self.num_prefixes,
             prefix_tokens=self.prefix_tokens,
@@ -92,7 +93,7 @@ class Load:
         }
 
 
-QUICK = Load(num_clients=4, num_warm=20, num_requests=16, num_probes=2, repeats=1)
+QUICK = Load(num_clients=4, num_warm=20, num_requests=16, num_open=12, num_probes=2, repeats=1)
 
 
 class Answer(NamedTuple):
@@ -326,7 +327,7 @@ def run(load: Load) -> dict[str, Any]:
     """Measure everything; answers what goes into the result file."""
     requests = load.trace().requests
     warm, rest = requests[: load.num_warm], requests[load.num_warm :]
-    rounds = [rest[i * load.num_requests : (i + 1) * load.num_requests] for i in range(load.repeats + 1)]
+    rounds = [rest[i * load.num_requests : (i + 1) * load.num_requests] for i in range(load.repeats)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("calibrating one replica", flush=True)
@@ -335,15 +336,15 @@ def run(load: Load) -> dict[str, Any]:
         with server(load, folder) as (port, ready_s):
             probed = asyncio.run(probe(port, load))
             print(f"  ready after {ready_s:.0f} s; {_listed(probed)}", flush=True)
-            measured = _measured(port, load, warm, rounds[:-1])
+            measured = _measured(port, load, warm, rounds)
             rate = OPEN_LOAD * measured["round_robin"]["median"]["requests_per_s"]
-            arriving = _at_rate(rounds[-1], rate)
+            arriving = _at_rate(requests[-load.num_open :], rate)
             opened = {policy: _measured_open(port, load, policy, arriving) for policy in POLICIES}
     profile = dataclasses.replace(
         alone, request_s=probed["request_s"], concurrent_replicas=probed["concurrent_replicas"]
     )
-    predicted = {policy: _predicted(profile, load, policy, warm, rounds[:-1]) for policy in POLICIES}
-    before = requests[: -load.num_requests]
+    predicted = {policy: _predicted(profile, load, policy, warm, rounds) for policy in POLICIES}
+    before = requests[: -load.num_open]
     predicted_open = {
         policy: summary(simulated_open(profile, policy, before, arriving), load.num_clients) for policy in POLICIES
     }

@@ -121,7 +121,7 @@ def _replica(model: ModelSettings, name: str, progress_address: str | None, own_
     deployment = serve.deployment(
         Replica,
         name=name,
-        **_how_many(model),
+        **scaling_options(model),
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
         request_router_config=RequestRouterConfig(
@@ -138,7 +138,7 @@ def _replica(model: ModelSettings, name: str, progress_address: str | None, own_
     return deployment.bind(model, _rank_resources(model), progress_address, own_ip)
 
 
-def _how_many(model: ModelSettings) -> dict[str, Any]:
+def scaling_options(model: ModelSettings) -> dict[str, Any]:
     """Serve's options for the number of replicas."""
     scaling = model.autoscaling
     if scaling is None:

@@ -171,7 +171,9 @@ class Settled(msgspec.Struct, frozen=True, tag=True):
 PeerMessage: TypeAlias = Reserved | Held | Settled
 
 _encoder = msgspec.msgpack.Encoder()
-_gateway_decoder = msgspec.msgpack.Decoder(list[RequestOutput | RequestId] | PeerMessage)
+_gateway_decoder: msgspec.msgpack.Decoder[list[RequestOutput | RequestId] | PeerMessage] = msgspec.msgpack.Decoder(
+    list[RequestOutput | RequestId] | PeerMessage
+)
 _load_decoder = msgspec.msgpack.Decoder(LoadReport)
 _progress_decoder = msgspec.msgpack.Decoder(Progress)
 

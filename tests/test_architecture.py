@@ -32,6 +32,7 @@ ENGINE_FACE = FACTS | {
     "engine.memory.kv_layout",
     "engine.memory.prefix_cache",
     "engine.shapes",
+    "engine.step_time",
     "engine.streaming",
     "engine.tokenizer",
     "engine.worker",

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 BIN_S: Final = 10.0
 MAX_BINS: Final = 192  # 32 minutes at most
 _SHORTEST_BINS: Final = 3
+_GROWTH_SIGMAS: Final = 2.0
 _SIGMAS: Final = 3.0  # by which estimates differ before they count as different
 
 
@@ -25,7 +26,7 @@ class Arrivals(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """`load` is the replica-seconds of work that come a second, `error` its standard error, and `growth_per_s` its
+    """`load` is the replica-seconds of work that come a second now, `error` its standard error, and `growth_per_s` its
     slope as far as that is beyond doubt.
     """
 
@@ -51,7 +52,7 @@ class History:
         return Demand(window.load, _error(window, grain_s), 0.0)
 
     def demand(self, grain_s: float) -> Demand:
-        """The mean over the longest time in which the load has not measurably changed.
+        """The mean over the longest time in which the load has not measurably changed, and how it grows within it.
 
         Lepski's method (On a problem of adaptive estimation in Gaussian white noise, 1991): windows double as long as
         their means agree with those of all shorter ones within the errors. Work comes in grains: a compound Poisson sum
@@ -59,16 +60,15 @@ class History:
         """
         chosen: tuple[Arrivals, ...] = ()
         low, high = -math.inf, math.inf
-        growth = 0.0
         for bins in self._windows():
             window = _sum(bins)
             if not low <= window.load <= high:
-                growth = _growth(bins[: len(bins) - len(chosen)], chosen, grain_s)
                 break
             chosen, error = bins, _error(window, grain_s)
             low, high = max(low, window.load - _SIGMAS * error), min(high, window.load + _SIGMAS * error)
         window = _sum(chosen)
-        return Demand(window.load, _error(window, grain_s), growth)
+        growth = _growth(chosen, grain_s)
+        return Demand(window.load + growth * window.seconds / 2, _error(window, grain_s), growth)
 
     def _windows(self) -> Iterator[tuple[Arrivals, ...]]:
         """The newest bins, ever more of them."""
@@ -90,16 +90,11 @@ def _error(arrivals: Arrivals, grain_s: float) -> float:
     return math.sqrt((max(0.0, arrivals.work_s) + grain_s) * grain_s) / arrivals.seconds
 
 
-def _growth(before: tuple[Arrivals, ...], now: tuple[Arrivals, ...], grain_s: float) -> float:
-    """The rise to the window `now`, as far as it goes on within it: a load that made one step does not grow."""
-    half = len(now) // 2
-    return max(0.0, min(_slope(before, now, grain_s), _slope(now[:half], now[half:], grain_s)))
-
-
-def _slope(before: tuple[Arrivals, ...], now: tuple[Arrivals, ...], grain_s: float) -> float:
-    """Load a second, less its standard error."""
-    older, newer = _sum(before), _sum(now)
+def _growth(bins: tuple[Arrivals, ...], grain_s: float) -> float:
+    """How much more load a second the newer half has than the older one, less two standard errors of that."""
+    half = len(bins) // 2
+    older, newer = _sum(bins[:half]), _sum(bins[half:])
     if older.seconds <= 0 or newer.seconds <= 0:
         return 0.0
     doubt = math.hypot(_error(older, grain_s), _error(newer, grain_s))
-    return (newer.load - older.load - doubt) / ((older.seconds + newer.seconds) / 2)
+    return max(0.0, (newer.load - older.load - _GROWTH_SIGMAS * doubt) / ((older.seconds + newer.seconds) / 2))

@@ -116,10 +116,12 @@ def _group_lines(group: dict[str, Any]) -> Iterable[str]:
     if "running" in group:  # otherwise it answered for its state and not for its measurements
         head += (
             f", {group['kv_usage']:.1%} used; {group['running']} running, {group['waiting']} waiting; "
-            f"{group['prompt_tokens']} prompt tokens ({group['cached_tokens']} cached), "
+            f"{group['prompt_tokens']} prompt tokens ({_hit_rate(group):.1%} cached), "
             f"{group['generation_tokens']} generated, {group['preemptions']} preemptions"
         )
     yield head
+    if group.get("routing"):
+        yield f"      router: {_routing(group['routing'])}"
     for rank in group["ranks"]:
         last = rank["first_layer"] + rank["num_layers"] - 1
         yield (
@@ -127,6 +129,24 @@ def _group_lines(group: dict[str, Any]) -> Iterable[str]:
             f"{rank['device_name']}, layers {rank['first_layer']}-{last}, "
             f"weights {_mib(rank['weight_bytes'])}, KV {_mib(rank['kv_bytes'])}"
         )
+
+
+def _hit_rate(group: dict[str, Any]) -> float:
+    """Share of the prompt tokens that were found in the prefix cache."""
+    return float(group["cached_tokens"] / group["prompt_tokens"]) if group["prompt_tokens"] else 0.0
+
+
+def _routing(view: dict[str, Any]) -> str:
+    """What the gateway that answered knows of a replica."""
+    speed, age = view["seconds_per_prompt_token"], view["staleness_s"]
+    return ", ".join(
+        (
+            f"{view['num_indexed_blocks']} blocks known to be cached",
+            f"as of {age:.1f} s ago" if age is not None else "not followed",
+            f"{1e3 * speed:.3g} ms a prompt token" if speed is not None else "speed not known yet",
+            f"{view['num_tokens_routed']} tokens sent to compute",
+        )
+    )
 
 
 def _mib(num_bytes: int) -> str:

@@ -8,9 +8,7 @@ second replica when waiting for its holder costs more than computing it anew; wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from shoal.cluster.routing.load import ReplicaLoad
 
@@ -29,10 +27,6 @@ class Estimate(NamedTuple):
         return self.ttft_s + self.delay_s + self.eviction_s
 
 
-# A NamedTuple's own constructor is a Python function; this is called for every replica in every decision.
-_estimate = cast(Callable[[tuple[float, float, float, int, int]], Estimate], partial(tuple.__new__, Estimate))
-
-
 def estimate(
     load: ReplicaLoad,
     num_prompt: int,
@@ -46,25 +40,39 @@ def estimate(
 
     `num_pending` of the matched tokens are still to be computed, for a request that shares them. `eviction_tokens`:
     what has to be computed again, by expectation, for each block that this one pushes out.
+    """
+    uncached = num_prompt - num_matched
+    parts = added_seconds(load, uncached, num_pending, num_new_blocks, eviction_tokens, now)
+    return Estimate(*parts, num_matched, uncached)
+
+
+def added_seconds(
+    load: ReplicaLoad, uncached: int, num_pending: int, num_new_blocks: int, eviction_tokens: float, now: float
+) -> tuple[float, float, float]:
+    """The first three numbers of an Estimate. Called for every replica in every decision: 0.5 us.
 
     Replicas compute the shortest rest of a prompt first (engine.scheduling), so only shorter ones are ahead. Those
     behind wait for all of ours; those that decode wait for it too, as their steps carry our chunks.
     """
-    uncached = num_prompt - num_matched
-    ahead, num_behind = 0.0, 0
+    per_token = load.seconds_per_token
+    delay = load.decoding_delay * uncached
+    tokens: float = uncached
     if prefills := load.prefills:
+        ahead = 0
         for remaining in prefills:
             if remaining <= uncached:
                 ahead += remaining
             else:
-                num_behind += 1
-        ahead = max(ahead, num_pending) - (now - load.reported_s) / load.seconds_per_token
-        if ahead < 0.0:
-            ahead = 0.0
-    seconds = load.seconds_per_token * (ahead + uncached)
-    least = load.step_s + load.per_prefill_token * (ahead + uncached)  # a step has its base, however small
-    ttft = (seconds if seconds > least else least) + load.slot_wait_s
-    delay = uncached * (load.seconds_per_token * num_behind + load.decoding_delay)
+                delay += per_token * uncached
+        done = (now - load.reported_s) / per_token
+        if num_pending > ahead:
+            ahead = num_pending
+        if ahead > done:
+            tokens += ahead - done
+    seconds = per_token * tokens
+    least = load.step_s + load.per_prefill_token * tokens  # a step has its base, however small
+    if seconds < least:
+        seconds = least
     evicted = num_new_blocks - load.num_empty_blocks
-    eviction = evicted * eviction_tokens * load.seconds_per_token if evicted > 0 else 0.0
-    return _estimate((ttft, delay, eviction, num_matched, uncached))
+    eviction = evicted * eviction_tokens * per_token if evicted > 0 else 0.0
+    return seconds + load.slot_wait_s, delay, eviction

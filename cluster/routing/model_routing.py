@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -86,7 +85,7 @@ class ModelRouting:
         self._reports: dict[str, bytes] = {}
         self._block_size: int | None = None
         self._open: dict[str, _OpenCall] = {}
-        self._decisions: Counter[Reason] = Counter(cached=0, elsewhere=0, new=0)
+        self._decisions: dict[Reason, int] = {"cached": 0, "elsewhere": 0, "new": 0}
         self._prompt_tokens = 0
         self._matched_tokens = 0
 

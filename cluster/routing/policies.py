@@ -15,13 +15,14 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple, Protocol, cast
 
-from shoal.cluster.routing.cost import Estimate, estimate
+from shoal.cluster.routing.cost import Estimate, added_seconds, estimate
 from shoal.cluster.routing.load import ReplicaLoad
 from shoal.engine.config import ConfigError
 from shoal.engine.memory.kv_layout import blocks_needed
 from shoal.engine.request import BlockHash
 
 DEFAULT_POLICY: Final = "prefix_aware"
+MAX_RANKED: Final = 64  # of the replicas, where costs rank them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ class RoutedRequest:
 
 @dataclass(slots=True)
 class Target:
-    """A replica as the router sees it."""
+    """A replica as the router sees it. Policies get them by when they were chosen last, so that a tie goes to the one
+    that has waited longest.
+    """
 
     key: str
     slot: int  # in the prefix index
     load: ReplicaLoad
-    last_chosen: int = 0  # when, in requests; ties go to the one that has waited longest
 
 
 class Matched(dict[int, int]):
@@ -72,6 +74,8 @@ class Ranked(NamedTuple):
     estimate: Estimate | None  # None: this policy counts no seconds
 
 
+# A NamedTuple's own constructor is a Python function; these two are called for up to MAX_RANKED replicas.
+_estimate = cast(Callable[[tuple[float, float, float, int, int]], Estimate], partial(tuple.__new__, Estimate))
 _ranked = cast(Callable[[tuple[Target, Estimate]], Ranked], partial(tuple.__new__, Ranked))
 
 
@@ -102,38 +106,40 @@ def estimate_for(request: RoutedRequest, target: Target, matched: Matched, now: 
 
 
 class PrefixAware:
-    """The least cost in seconds (cost.py)."""
+    """The least cost in seconds (cost.py). Ranks the best MAX_RANKED."""
 
     def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         num_prompt, block_size, eviction_tokens = request.num_prompt, request.block_size, request.eviction_tokens
         needed = blocks_needed(num_prompt + int(request.expected_output), block_size)
         blocks, pending = matched.get, matched.pending.get
-        costs = []
+        parts = []
         for target in targets:
             slot = target.slot
             num_blocks = blocks(slot, 0)
-            one = estimate(
-                target.load,
-                num_prompt,
-                num_blocks * block_size,
-                pending(slot, 0) * block_size,
-                needed - num_blocks,
-                eviction_tokens,
-                now,
+            parts.append(
+                added_seconds(
+                    target.load,
+                    num_prompt - num_blocks * block_size,
+                    pending(slot, 0) * block_size,
+                    needed - num_blocks,
+                    eviction_tokens,
+                    now,
+                )
             )
-            costs.append((one[0] + one[1] + one[2], target.last_chosen, len(costs), one))
-        costs.sort()
-        return [_ranked((targets[index], one)) for _, _, index, one in costs]
+        costs = [ttft + delay + eviction for ttft, delay, eviction in parts]
+        ranked = []
+        for index in sorted(range(len(costs)), key=costs.__getitem__)[:MAX_RANKED]:
+            target, num_matched = targets[index], blocks(targets[index].slot, 0) * block_size
+            estimate = _estimate((*parts[index], num_matched, num_prompt - num_matched))
+            ranked.append(_ranked((target, estimate)))
+        return ranked
 
 
 class RoundRobin:
-    def __init__(self) -> None:
-        self._turn = -1
+    """The one that was chosen longest ago."""
 
     def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
-        self._turn += 1
-        first = self._turn % len(targets)
-        return [Ranked(target, None) for target in (*targets[first:], *targets[:first])]
+        return [Ranked(target, None) for target in targets]
 
 
 class LeastLoaded:
@@ -143,8 +149,8 @@ class LeastLoaded:
         return [Ranked(target, None) for target in sorted(targets, key=_load_key)]
 
 
-def _load_key(target: Target) -> tuple[float, int, int]:
-    return target.load.backlog, target.load.num_open, target.last_chosen
+def _load_key(target: Target) -> tuple[float, int]:
+    return target.load.backlog, target.load.num_open
 
 
 class PowerOfTwo:
@@ -171,6 +177,7 @@ class ConsistentHash:
         self._ring: list[tuple[int, int]] = []  # (point, index of the target)
 
     def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
+        targets = sorted(targets, key=lambda target: target.key)
         keys = tuple(target.key for target in targets)
         if keys != self._keys:
             self._keys = keys

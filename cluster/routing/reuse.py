@@ -33,7 +33,9 @@ class ReuseStats:
 
     def gone(self, block_hash: BlockHash, num_cached: int) -> None:
         """The last copy of a block was evicted, where `num_cached` are left."""
-        self._ghosts[block_hash] = self._ghosts.pop(block_hash, False)
+        if (was_wanted := self._ghosts.pop(block_hash, None)) is not None:
+            self._count(was_wanted)
+        self._ghosts[block_hash] = False
         while len(self._ghosts) > min(num_cached, MAX_GHOSTS):
             self._count(self._ghosts.pop(next(iter(self._ghosts))))
 

@@ -73,10 +73,9 @@ class Router:
         self._clock = clock
         self._on_reserve = on_reserve
         self._on_settle = on_settle
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[str, Target] = {}  # the one that was chosen longest ago first
         self._routed: dict[str, Routed] = {}
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
-        self._num_decided = 0
         self._expected_output: float | None = None
         self._typical_time: StepTime | None = None
         self.decision_seconds_total = 0.0
@@ -210,8 +209,7 @@ class Router:
             if target is not decision.target:
                 matched = self.match(request)
                 best = estimate_for(request, target, matched, decision.decided_s)
-            self._num_decided += 1
-            target.last_chosen = self._num_decided
+            self._targets[target.key] = self._targets.pop(target.key)
             reservation = Reservation(
                 request.request_id, best.num_uncached, request.num_prompt, decision.decided_s + LEASE_S
             )

@@ -24,7 +24,7 @@ from shoal.cluster.routing.policies import DEFAULT_POLICY
 MAX_SINGLE: Final = 4
 
 
-class ShoalRouter(RequestRouter):
+class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hide its type
     """Ranks replicas for calls of `generate`. Anything else goes to whichever replica is the least busy."""
 
     _routing: ModelRouting
@@ -68,7 +68,7 @@ class ShoalRouter(RequestRouter):
 
 
 def _key(replica: RunningReplica) -> str:
-    return replica.replica_id.unique_id
+    return str(replica.replica_id.unique_id)
 
 
 def _call_of(pending: PendingRequest | None) -> GenerateCall | None:

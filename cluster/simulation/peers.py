@@ -66,9 +66,7 @@ class RandomChoice:
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         return _unpriced([self._random.choice(targets)])
 
 
@@ -91,9 +89,7 @@ class RayPrefixAffinity:
         self._fallback = PowerOfTwo(seed)
         self._sent = SentPrompts()
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         queues = [target.load.num_open for target in targets]
         if max(queues) - min(queues) > self._imbalanced_threshold:
             ranked = self._fallback.rank(request, targets, matched, now)
@@ -134,9 +130,7 @@ class SGLangCacheAware:
         self._next_eviction_s = eviction_interval_s
         self._sent = SentPrompts()
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         if now >= self._next_eviction_s:
             self._next_eviction_s = now + self._eviction_interval_s
             self._sent.shrink(self._max_tree_tokens // request.block_size)
@@ -167,9 +161,7 @@ class ProductionStackPrefix:
         self._random = random.Random(seed)
         self._sent = SentPrompts()
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         _, holders = self._sent.longest_match(request.block_hashes, [target.key for target in targets])
         chosen = self._random.choice([target for target in targets if target.key in holders])
         self._sent.insert(request.block_hashes, chosen.key)
@@ -190,9 +182,7 @@ class DynamoCost:
         self._prefill_load_scale = prefill_load_scale
         self._random = random.Random(seed)
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         costs = [self._cost(request, target, matched.get(target.slot, 0)) for target in targets]
         least = min(costs)
         return _unpriced([self._random.choice([t for t, cost in zip(targets, costs, strict=True) if cost == least])])
@@ -208,13 +198,11 @@ class DynamoCost:
 class LMetric:
     """New prompt tokens times the requests there, this one included (Zhang et al., arXiv 2603.15202): no settings."""
 
-    def rank(
-        self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float
-    ) -> Sequence[Ranked]:
-        def score(target: Target) -> tuple[int, int, int]:
+    def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
+        def score(target: Target) -> tuple[int, int]:
             num_new = request.num_prompt - matched.get(target.slot, 0) * request.block_size
             num_open = target.load.num_open
-            return num_new * (num_open + 1), num_open, target.last_chosen
+            return num_new * (num_open + 1), num_open
 
         return _unpriced(sorted(targets, key=score))
 

@@ -13,7 +13,18 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.channel import CallSummary, GenerateCall, decode_gateway_message, encode_keepalive, encode_step
+from shoal.cluster.channel import (
+    CallSummary,
+    GenerateCall,
+    Held,
+    PeerMessage,
+    Reserved,
+    Settled,
+    decode_gateway_message,
+    encode_keepalive,
+    encode_peer_message,
+    encode_step,
+)
 from shoal.cluster.gateway import inbox, replica_backend
 from shoal.cluster.gateway.backend import ReplicaFailedError
 from shoal.cluster.gateway.inbox import StepInbox, TokensLostError
@@ -318,6 +329,32 @@ async def test_noise_on_the_socket_changes_nothing(rig: Rig) -> None:
         noise.send(message)
     assert await tokens_of(rig.backend, call("c")) == {"c-0": [1, 2, 3, 4, 5]}
     context.destroy(linger=0)
+
+
+async def test_what_another_gateway_says_comes_beside_the_tokens(rig: Rig) -> None:
+    said: list[PeerMessage] = []
+    rig.inbox._on_peer_message = said.append
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    other = context.socket(zmq.PUSH)
+    other.connect(rig.inbox.address)
+    messages = [Reserved("d", "r", "a", 32, 64, (b"1" * 16,)), Held("d", ("r", "s")), Settled("d", "r")]
+    for message in messages:
+        other.send(encode_peer_message(message))
+    assert await tokens_of(rig.backend, call("c")) == {"c-0": [1, 2, 3, 4, 5]}
+    while len(said) < len(messages):
+        await asyncio.sleep(0.001)
+    assert said == messages
+    context.destroy(linger=0)
+
+
+async def test_a_call_leaves_nothing_behind_in_the_routing_however_it_ends(rig: Rig) -> None:
+    await tokens_of(rig.backend, call("whole"))
+    with pytest.raises(RequestError):
+        await tokens_of(rig.backend, call("refused", max_tokens=10_000))
+    steps = rig.backend.generate(call("cut off", max_tokens=400))
+    await anext(steps)
+    await steps.aclose()
+    assert rig.routing._open == {}
 
 
 async def test_a_gateway_that_is_gone_keeps_no_socket() -> None:

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from shoal.cluster.autoscaling.latency import ClusterSignals, Goals, ScalingState, target_replicas
@@ -25,7 +25,7 @@ IDLE = ReplicaSignals(0.0, 1000.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @given(load=st.floats(0.1, 8.0), start_s=st.floats(10.0, 300.0))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
 def test_an_even_load_moves_nothing_once_it_is_met(fleet: Any, scaler: Any, load: float, start_s: float) -> None:
     prompts = [(k * 1.5 / load, 1.5) for k in range(int(2 * HOUR_S * load / 1.5))]
     outcome = fleet(scaler(GOALS), start_s=start_s).play(prompts, 2 * HOUR_S)
@@ -35,7 +35,7 @@ def test_an_even_load_moves_nothing_once_it_is_met(fleet: Any, scaler: Any, load
 
 
 @given(load=st.floats(0.2, 8.0), seed=st.integers(0, 1000), scv=st.floats(0.0, 3.0))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
 def test_a_random_but_constant_load_is_met_without_swinging(
     fleet: Any, scaler: Any, poisson: Any, load: float, seed: int, scv: float
 ) -> None:
@@ -51,7 +51,7 @@ def test_a_random_but_constant_load_is_met_without_swinging(
     start_s=st.floats(20.0, 180.0),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
 def test_each_change_of_load_costs_at_most_two_reversals(
     fleet: Any, scaler: Any, poisson: Any, loads: list[float], start_s: float, seed: int
 ) -> None:
@@ -67,7 +67,7 @@ def test_each_change_of_load_costs_at_most_two_reversals(
 def test_a_growing_load_is_met_before_it_is_there(fleet: Any, scaler: Any, poisson: Any) -> None:
     minutes = [(60.0, 1.0 + 0.1 * minute) for minute in range(100)]
     prompts = poisson(minutes, mean_s=1.5, scv=1.0, seed=3)
-    outcome = fleet(scaler(GOALS), start_s=120.0).play(prompts, 6000.0)
+    outcome = fleet(scaler(GOALS), start_s=120.0, replicas=3).play(prompts, 6000.0)
     assert outcome.share_within(GOALS.ttft_s) >= 0.99
 
 
@@ -77,7 +77,7 @@ def test_a_growing_load_is_met_before_it_is_there(fleet: Any, scaler: Any, poiss
     most=st.integers(3, 12),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])
 def test_targets_stay_in_bounds_and_go_down_in_small_steps_when_nothing_starts(
     fleet: Any, scaler: Any, poisson: Any, shares: list[float], least: int, most: int, seed: int
 ) -> None:

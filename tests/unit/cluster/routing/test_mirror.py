@@ -1,4 +1,4 @@
-"""Gateways tell each other what they reserve: what was mirrored ends, whatever is lost, and nobody waits for anybody."""
+"""Gateways tell each other what they reserve: it ends, whatever message is lost, and nobody waits for anybody."""
 
 from __future__ import annotations
 
