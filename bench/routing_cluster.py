@@ -59,13 +59,13 @@ OPEN_LOAD = 0.7  # of what round robin serves in a closed loop
 class Load:
     """The requests of one run, of one policy."""
 
-    num_prefixes: int = 24
+    num_prefixes: int = 28
     prefix_tokens: int = 40 * BLOCK_SIZE
     question_tokens: int = 24
     output_tokens: int = 8
-    num_blocks: int = 268  # KV blocks of a replica: six and a half prefixes, and what running requests need besides
+    num_blocks: int = 300  # KV blocks of a replica: seven prefixes, and what running requests need besides
     num_clients: int = 8
-    num_warm: int = 48
+    num_warm: int = 56
     num_requests: int = 56  # of a round
     num_open: int = 40
     num_probes: int = 6

@@ -81,7 +81,7 @@ a hardware profile is h100-8b, h200-8b, 4xh100-70b, 4xh200-70b, or a YAML file:
   kv_tokens: 449000
   step_s: {base: 0.0079, per_prefill_token: 36.9e-6, per_decode_token: 3.0e-6, per_context_token: 39.1e-9}
   block_tokens: 16            # the trace's, if left out
-  max_step_tokens: 2048       # if left out, the most that a step of 0.1 s holds
+  max_step_tokens: 2048       # if left out, the most that a step of 0.05 s holds
   max_running_requests: 256
   usd_per_hour: 3.0           # of a replica
   start_s: 60                 # until a new replica takes requests

@@ -212,14 +212,14 @@ class ModelSettings(Settings):
 
     @field_validator("autoscaling")
     @classmethod
-    def _begin_in_bounds(cls, autoscaling: AutoscalingSettings | None, info: ValidationInfo) -> AutoscalingSettings | None:
+    def _begin_in_bounds(cls, scaling: AutoscalingSettings | None, info: ValidationInfo) -> AutoscalingSettings | None:
         first = info.data.get("replicas", 1)
-        if autoscaling is not None and first > autoscaling.max_replicas:
+        if scaling is not None and first > scaling.max_replicas:
             raise ValueError(
-                f"replicas {first} to begin with are more than max_replicas {autoscaling.max_replicas}: lower replicas, "
-                f"or raise max_replicas"
+                f"replicas {first} to begin with are more than max_replicas {scaling.max_replicas}: lower replicas, or "
+                f"raise max_replicas"
             )
-        return autoscaling
+        return scaling
 
     @property
     def first_replicas(self) -> int:

@@ -17,6 +17,7 @@ from shoal.cluster.config import (
     NodeSettings,
     ObjectiveSettings,
     RaySettings,
+    RoutingSettings,
 )
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine import LLM, SamplingParams
@@ -97,8 +98,8 @@ def test_commands_and_their_options() -> None:
     }
     assert options == {
         "serve": [
-            "--help", "--host", "--port", "--model-name", "--replicas", "--tensor-parallel", "--pipeline-parallel",
-            "--stages", "--node-labels",
+            "--help", "--host", "--port", "--model-name", "--replicas", "--routing", "--tensor-parallel",
+            "--pipeline-parallel", "--stages", "--node-labels",
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
         ],
@@ -118,12 +119,14 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
+        "routing", "drain_timeout",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
         "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
         "step_timeout", "heartbeat_timeout",
     }  # fmt: skip
+    assert set(RoutingSettings.model_fields) == {"policy", "options"}
     assert set(ObjectiveSettings.model_fields) == {"ttft_ms", "tpot_ms"}
     assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
@@ -148,5 +151,6 @@ def test_http_routes() -> None:
         ("GET", "/ping"),
         ("GET", "/metrics"),
         ("GET", "/status"),
+        ("GET", "/debug/routing"),
         ("GET", "/version"),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 BIN_S: Final = 10.0
-MAX_BINS: Final = 192  # 32 minutes at most
+MAX_BINS: Final = 96  # 16 minutes at most
 _SHORTEST_BINS: Final = 3
 _GROWTH_SIGMAS: Final = 2.0
 _SIGMAS: Final = 3.0  # by which estimates differ before they count as different

@@ -17,10 +17,10 @@ from shoal.cluster.autoscaling.staffing import PromptTimes, replicas_needed
 
 FIRST_START_S: Final = 60.0  # assumed until a replica was seen to start
 SETTLE_S: Final = 60.0  # beyond a start, until its effect is seen
-LATE_SHARE: Final = 0.005  # of requests: half of what an objective for 99 % allows, the other half is for bursts
+LATE_SHARE: Final = 0.01  # of requests: an objective is kept for 99 % of them
 # Standard errors by which the load may be more than estimated before a replica goes. None are added for going up, so
 # that there is a band between the two in which the estimate's noise moves nothing.
-_DOWN_SIGMAS: Final = 3.0
+_DOWN_SIGMAS: Final = 2.0
 _SURE_SIGMAS: Final = 1.0  # by which the load of the last seconds has to be above what is believed
 _DOWN_KV_USAGE: Final = 0.9  # of the target: fuller than that, no replica goes
 _LARGEST_STEP_DOWN: Final = 0.25  # of the replicas
@@ -100,8 +100,8 @@ class ScalingState:
     seen_s: float | None = None  # None: nothing was seen yet
     seen: Mapping[str, Counters] = field(default_factory=dict)
     num_queued: float = 0.0
-    history: History = History()
-    prompts: PromptSums = PromptSums()
+    history: History = field(default_factory=History)
+    prompts: PromptSums = field(default_factory=PromptSums)
     kv_usage: float = 0.0  # sum over the replicas, smoothed
     active_s: float = 0.0  # when there was anything to do
     lowered_s: float = -math.inf  # when the target last went down

@@ -313,22 +313,34 @@ def _tear_down(config: ClusterConfig, *, is_verbose: bool) -> None:
         return
     from ray import serve
 
-    from shoal.cluster.app import APP_NAME
-
     # Ray reports the end of its own controller as a failed task.
     with contextlib.ExitStack() as hidden:
         if not is_verbose:
             hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
             hidden.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        # Replicas may take a drain_timeout to finish what they have: in a cluster they do so after this process has
-        # left, on a Ray of our own they end with it.
-        serve.delete(APP_NAME, _blocking=False)
-        deadline = time.monotonic() + DRAIN_WAIT_S
-        while (is_open := APP_NAME in serve.status().applications) and time.monotonic() < deadline:
-            time.sleep(STOP_PERIOD_S)
-        if config.ray.address is None and not is_open:
+        is_gone = _delete_app()
+        if config.ray.address is None and is_gone:
             serve.shutdown()
         ray.shutdown()
+
+
+def _delete_app() -> bool:
+    """Let open requests finish for DRAIN_WAIT_S; whether all are. Replicas may take a whole drain_timeout: in a cluster
+    they do so after this process has left, on a Ray of our own they end with it.
+    """
+    from ray import serve
+
+    from shoal.cluster.app import APP_NAME
+
+    if APP_NAME not in serve.status().applications:
+        return True
+    serve.delete(APP_NAME, _blocking=False)
+    deadline = time.monotonic() + DRAIN_WAIT_S
+    while APP_NAME in serve.status().applications:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(STOP_PERIOD_S)
+    return True
 
 
 def _last_line(text: str) -> str:

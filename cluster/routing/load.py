@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final
 
 from shoal.engine.load import EngineLoad
@@ -13,6 +13,7 @@ from shoal.engine.step_time import StepTime
 NOMINAL: Final = StepTime(base=0.0, per_prefill_token=1e-3, per_decode_token=0.0, per_context_token=0.0)
 # A reservation that no report has shown by then is of a call that never reached its replica.
 LEASE_S: Final = 10.0
+TRUST_MEASURES: Final = 16  # after so many, half of a replica's step time is its own word
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class ReplicaLoad:
     """
 
     __slots__ = (
-        "_report", "_reservations", "backlog", "decoding_delay", "is_known", "max_step_tokens", "num_decoding",
+        "_num_measured", "_report", "_reservations", "backlog", "decoding_delay", "is_known", "max_step_tokens",
+        "num_decoding",
         "num_empty_blocks", "num_open", "num_tokens_routed", "per_prefill_token", "prefills", "reported_s",
         "room_blocks", "seconds_per_token", "slot_wait_s", "step_s", "step_time",
     )  # fmt: skip
@@ -41,6 +43,7 @@ class ReplicaLoad:
     def __init__(self, now: float) -> None:
         self._report: EngineLoad | None = None
         self._reservations: dict[str, Reservation] = {}
+        self._num_measured = 0
         self.reported_s = now
         self.num_tokens_routed = 0
         self.step_time = NOMINAL
@@ -69,15 +72,24 @@ class ReplicaLoad:
         self._reservations = kept
         self._report = report
         self.reported_s = now
-        if report.step_time is not None:
-            self.step_time, self.is_known = report.step_time, True
         self._renew()
 
-    def assume(self, step_time: StepTime) -> None:
-        """Use another replica's step time until this one reports its own."""
-        if self.measured is None:
-            self.step_time, self.is_known = step_time, True
-            self._renew()
+    def measure(self, own: StepTime, typical: StepTime) -> None:
+        """The replica has measured its step time anew; `typical` is the median of all replicas.
+
+        Its first word is of few steps, and a replica that is avoided for it would never say another: by and by the
+        replica's own time takes over from the typical one.
+        """
+        self._num_measured += 1
+        share = self._num_measured / (self._num_measured + TRUST_MEASURES)
+        mixed = (a + share * (b - a) for a, b in zip(astuple(typical), astuple(own), strict=True))
+        self.step_time, self.is_known = StepTime(*mixed), True
+        self._renew()
+
+    def assume(self, typical: StepTime) -> None:
+        """The replica has measured nothing yet: it is taken for a typical one."""
+        self.step_time, self.is_known = typical, True
+        self._renew()
 
     def reserve(self, reservation: Reservation) -> None:
         self._reservations[reservation.request_id] = reservation

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from shoal.engine.request import BlockHash
 from shoal.engine.step_time import StepTime
 
 MAX_DECISIONS: Final = 100  # kept for /debug/routing
+TYPICAL_PERIOD_S: Final = 1.0
 _OUTPUT_MEMORY: Final = 0.02  # weight of the newest request in the mean output length
 
 
@@ -77,7 +78,8 @@ class Router:
         self._routed: dict[str, Routed] = {}
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._expected_output: float | None = None
-        self._typical_time: StepTime | None = None
+        self._typical_time: StepTime | None = None  # the median of all replicas
+        self._typical_s = 0.0  # when it was computed
         self.decision_seconds_total = 0.0
         self.decisions_total = 0
 
@@ -119,22 +121,21 @@ class Router:
             target = self._targets.get(key)
             if target is None:
                 return
-            is_news = target.load.report is None or target.load.report.step_time != load.step_time
+            before = target.load.measured
             target.load.apply(load, self._clock())
-            if is_news and load.step_time is not None:
-                self._share_step_time()
+            if load.step_time is not None and load.step_time != before:
+                self._learn_step_time(target, load.step_time)
 
-    def _share_step_time(self) -> None:
-        """Replicas that have not measured their own are taken to be as fast as the others, who have."""
-        times = [target.load.measured for target in self._targets.values() if target.load.measured is not None]
-        if len(times) == len(self._targets) and self._typical_time is not None:
-            return
-        columns = zip(
-            *((t.base, t.per_prefill_token, t.per_decode_token, t.per_context_token) for t in times), strict=True
-        )
-        self._typical_time = StepTime(*map(median, columns))
-        for target in self._targets.values():
-            target.load.assume(self._typical_time)
+    def _learn_step_time(self, target: Target, own: StepTime) -> None:
+        now = self._clock()
+        if self._typical_time is None or now - self._typical_s >= TYPICAL_PERIOD_S:
+            times = [one.load.measured for one in self._targets.values() if one.load.measured is not None]
+            self._typical_time = StepTime(*map(median, zip(*map(astuple, times), strict=True)))
+            self._typical_s = now
+            for other in self._targets.values():
+                if other.load.measured is None:
+                    other.load.assume(self._typical_time)
+        target.load.measure(own, self._typical_time)
 
     # -- requests ----------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ _MOST_MARGIN: Final = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """From `begin_s` on, for `seconds`, there are `factor` times as many requests; up and down in less than a minute."""
+    """From `begin_s` on, for `seconds`, requests come `factor` times as often; up and down within a minute."""
 
     begin_s: float
     seconds: float
@@ -160,8 +160,8 @@ def oracle_schedule(
     share: float = 0.99,
     steps: int = 10,
 ) -> Schedule:
-    """The fewest replica-hours that keep the objective for `share` of requests, for one who knows the day beforehand and
-    whose replicas start in no time.
+    """The fewest replica-hours that keep the objective for `share` of requests, for one who knows the day beforehand
+    and whose replicas start in no time.
 
     work: (arrival, seconds of one replica) of each request. share_kept: of the requests under a schedule, as a
     simulation tells. An interval gets its load and a margin in proportion to the load's square root (Halfin and Whitt,

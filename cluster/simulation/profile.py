@@ -18,7 +18,7 @@ from shoal.engine.config import ConfigError
 from shoal.engine.step_time import StepTime
 
 BUILT_IN: Final = Path(__file__).parent / "profiles"
-_STEP_AT_MOST_S: Final = 0.1  # what a step of max_step_tokens takes where a profile does not set that
+_STEP_AT_MOST_S: Final = 0.05  # what a step of max_step_tokens takes where a profile does not set that
 _LARGEST_STEP: Final = 8192
 
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]

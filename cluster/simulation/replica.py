@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shoal.cluster.autoscaling.signals import PromptCounter, ReplicaSignals
 from shoal.cluster.simulation.profile import HardwareProfile
 from shoal.engine.load import RATE_MEMORY_S, EngineLoad, RateMeter
 from shoal.engine.memory.kv_events import KVEvent
 from shoal.engine.memory.kv_manager import KVManager
-from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
 from shoal.engine.request import Request, RequestId, RequestOutput
 from shoal.engine.scheduling.scheduler import Scheduler
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
@@ -67,11 +68,16 @@ class SimulatedReplica:
             clock=clock,
         )
         self._clock = clock
+        self._prompts = PromptCounter()
         self._finished = RateMeter(RATE_MEMORY_S)
         self._requests: dict[RequestId, Request] = {}
         self._inbox: list[Request] = []  # came while steps run
         self._busy: Busy | None = None
         self.ends_s = math.inf  # when the steps it has begun are over
+
+    @property
+    def num_open(self) -> int:
+        return len(self._requests)
 
     @property
     def is_busy(self) -> bool:
@@ -120,6 +126,9 @@ class SimulatedReplica:
         else:
             outputs = self._scheduler.commit(busy.plan, self._result(busy.plan))
             for output in outputs:
+                request = self._requests[output.request_id]
+                if len(request.output_ids) == 1:
+                    self._prompts.observe(len(request.prompt_ids) - output.num_cached_tokens)
                 if output.finish_reason is not None:
                     del self._requests[output.request_id]
         for request in self._inbox:
@@ -131,16 +140,21 @@ class SimulatedReplica:
         """What a real replica would report just now."""
         return self._scheduler.load(self._time, self._finished.read(self._scheduler.counters.finished, self._clock()))
 
+    def signals(self) -> ReplicaSignals:
+        """What a real replica would tell the autoscaler just now."""
+        return ReplicaSignals.of(self.load(), self._prompts)
+
     def take_events(self) -> list[KVEvent]:
         return self._kv.take_events()
 
     def _result(self, plan: StepPlan) -> StepResult:
         requests = self._requests
+        entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
         return StepResult(
             plan.step,
             {
                 entry.request_id: (0,)
-                for entry in (*plan.new, *plan.continued)
+                for entry in entries
                 if entry.num_computed + entry.num_new == requests[entry.request_id].num_known
             },
         )

@@ -9,9 +9,12 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
+from shoal.cluster.autoscaling.latency import ClusterSignals
+from shoal.cluster.routing.cost import Estimate
 from shoal.cluster.routing.policies import Policy
 from shoal.cluster.routing.router import Router
 from shoal.cluster.simulation.profile import HardwareProfile
@@ -21,9 +24,10 @@ from shoal.cluster.simulation.trace import Trace, TracedRequest
 from shoal.engine.memory.kv_events import BlocksRemoved, BlocksStored
 from shoal.engine.request import BlockHash, Request, RequestId, RequestOutput, SamplingParams
 
-DEFAULT_BLOCK_SIZE = 512
+SCALING_PERIOD_S = 10.0
 
 NextRequest = Callable[[Served], TracedRequest | None]
+Autoscaler = Callable[[ClusterSignals], int]
 
 
 @dataclass(slots=True)
@@ -32,17 +36,19 @@ class _Open:
 
     traced: TracedRequest
     replica: int
-    first_token_s: float = 0.0
+    first_token_s: float | None = None
     num_cached: int = 0
 
 
 @dataclass(slots=True)
-class _Fleet:
-    """Replicas by number, those that are gone included."""
+class _Member:
+    """A replica of the fleet, from its start until it has drained."""
 
-    replicas: list[SimulatedReplica] = field(default_factory=list)
-    times: list[ReplicaTime] = field(default_factory=list)
-    draining: set[int] = field(default_factory=set)
+    number: int
+    replica: SimulatedReplica
+    time: ReplicaTime
+    slot: int | None = None  # in the router's index, while it takes requests
+    is_ready: bool = False
 
 
 class Simulation:
@@ -57,155 +63,204 @@ class Simulation:
         *,
         objectives: Objectives | None = None,
         has_admission: bool = False,
+        autoscaler: Autoscaler | None = None,
         next_request: NextRequest | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._trace = trace
+        self._trace = trace if profile.block_tokens is None else trace.in_blocks_of(profile.block_tokens)
         self._profile = profile
         self._objectives = objectives or Objectives()
         self._has_admission = has_admission
+        self._autoscaler = autoscaler
         self._next_request = next_request
         self._on_progress = on_progress
-        self._block_size = profile.block_tokens or trace.block_tokens or DEFAULT_BLOCK_SIZE
         self._now = 0.0
         self._router = Router(policy, clock=lambda: self._now)
-        self._replicas: list[SimulatedReplica] = []
-        self._times: list[ReplicaTime] = []
-        self._slots: list[int] = []
+        self._members: list[_Member] = []  # by number, those that are gone included
+        self._target = num_replicas
         self._open: dict[str, _Open] = {}
+        self._waiting: list[TracedRequest] = []  # for the first replica
         self._served: list[Served] = []
-        self._events: list[tuple[float, int, int]] = []  # (when, order, replica whose steps end then)
+        self._num_left = 0  # requests that have not ended
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
-        self._number = count()
         for _ in range(num_replicas):
-            self._start_replica()
+            self._make_ready(self._start())
 
     def run(self) -> SimulationResult:
         start = time.perf_counter()
-        arrivals = [(request.arrival_s, next(self._order), request) for request in self._trace.requests]
-        heapq.heapify(arrivals)
-        total = len(arrivals)
-        while arrivals or self._events:
-            if arrivals and (not self._events or arrivals[0][0] <= self._events[0][0]):
-                self._now, _, request = heapq.heappop(arrivals)
-                self._arrive(request)
-                continue
-            at, _, number = heapq.heappop(self._events)
-            replica = self._replicas[number]
-            if at != replica.ends_s:
-                continue  # its end was moved when a request came
-            self._now = at
-            for served in self._finish(number, replica):
-                follower = self._next_request(served) if self._next_request is not None else None
-                if follower is not None:
-                    total += 1
-                    heapq.heappush(arrivals, (follower.arrival_s, next(self._order), follower))
-                if self._on_progress is not None and len(self._served) % 500 == 0:
-                    self._on_progress(len(self._served), total)
-        for times in self._times:
-            times.stopped_s = max(self._now, times.started_s) if times.stopped_s is None else times.stopped_s
-        return SimulationResult(self._served, self._times, time.perf_counter() - start, self._now)
+        self._num_left = len(self._trace.requests)
+        for request in self._trace.requests:
+            self._at(request.arrival_s, partial(self._arrive, request))
+        if self._autoscaler is not None:
+            self._at(0.0, self._scale)
+        while self._num_left:
+            self._now, _, action = heapq.heappop(self._events)
+            action()
+        for member in self._members:
+            if member.time.stopped_s is None:
+                member.time.stopped_s = max(self._now, member.time.started_s)
+        times = [member.time for member in self._members]
+        return SimulationResult(self._served, times, time.perf_counter() - start, self._now)
+
+    def _at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._order), action))
 
     # -- replicas ----------------------------------------------------------------------------------------------
 
-    def _start_replica(self) -> None:
-        number = len(self._replicas)
-        replica = SimulatedReplica(f"replica-{number}", self._profile, self._block_size, lambda: self._now)
-        self._replicas.append(replica)
-        self._times.append(ReplicaTime(self._now, None))
-        target = self._router.add(replica.key)
-        self._slots.append(target.slot)
-        self._router.report(replica.key, replica.load())
+    def _start(self) -> _Member:
+        number = len(self._members)
+        replica = SimulatedReplica(f"replica-{number}", self._profile, self._trace.block_tokens, lambda: self._now)
+        self._members.append(_Member(number, replica, ReplicaTime(self._now, None)))
+        return self._members[-1]
 
-    def _begin(self, number: int, replica: SimulatedReplica) -> None:
+    def _make_ready(self, member: _Member) -> None:
+        if member.time.stopped_s is not None:
+            return
+        member.is_ready = True
+        member.slot = self._router.add(member.replica.key).slot
+        self._router.report(member.replica.key, member.replica.load())
+        waiting, self._waiting = self._waiting, []
+        for traced in waiting:
+            self._route(traced)
+
+    def _scale(self) -> None:
+        """Ask the autoscaler, and start or drain replicas."""
+        assert self._autoscaler is not None
+        up = [member for member in self._members if member.slot is not None]
+        starting = [member for member in self._members if not member.is_ready and member.time.stopped_s is None]
+        signals = {member.replica.key: member.replica.signals() for member in up}
+        wanted = self._autoscaler(ClusterSignals(self._now, len(up) + len(starting), signals, len(self._waiting)))
+        for _ in range(wanted - len(up) - len(starting)):
+            self._at(self._now + self._profile.start_s, partial(self._make_ready, self._start()))
+        leaving = starting[::-1] + sorted(up, key=lambda member: member.replica.num_open)
+        for member in leaving[: max(0, len(up) + len(starting) - wanted)]:
+            self._drain(member)
+        self._at(self._now + SCALING_PERIOD_S, self._scale)
+
+    def _drain(self, member: _Member) -> None:
+        """It gets no more requests and stops after its last."""
+        if member.slot is not None:
+            self._router.remove(member.replica.key)
+            self._router.index.close(member.slot)
+            member.slot = None
+        if not member.replica.num_open:
+            member.time.stopped_s = self._now
+
+    def _begin(self, member: _Member) -> None:
+        replica = member.replica
         replica.begin(self._now, self._slowdown())
         if replica.is_busy:
-            heapq.heappush(self._events, (replica.ends_s, next(self._order), number))
-        self._router.report(replica.key, replica.load())
+            self._at(replica.ends_s, partial(self._end, member, replica.ends_s))
+        if member.slot is not None:
+            self._router.report(replica.key, replica.load())
 
     def _slowdown(self) -> float:
         """Replicas that share a machine slow each other down once they are more than it has room for."""
         room = self._profile.concurrent_replicas
         if room is None:
             return 1.0
-        return max(1.0, (1 + sum(replica.is_busy for replica in self._replicas)) / room)
+        return max(1.0, (1 + sum(member.replica.is_busy for member in self._members)) / room)
 
-    def _finish(self, number: int, replica: SimulatedReplica) -> list[Served]:
-        ended = [served for output in replica.end() if (served := self._take(output)) is not None]
-        slot, index = self._slots[number], self._router.index
-        for event in replica.take_events():
-            if isinstance(event, BlocksStored):
-                index.store(slot, event.block_hashes)
-            elif isinstance(event, BlocksRemoved):
-                index.remove(slot, event.block_hashes)
-        self._begin(number, replica)
-        return ended
+    def _end(self, member: _Member, when: float) -> None:
+        """Steps are over, unless their end was moved when a request came."""
+        replica = member.replica
+        if when != replica.ends_s:
+            return
+        for output in replica.end():
+            self._take(output)
+        events = replica.take_events()
+        if member.slot is not None:
+            for event in events:
+                if isinstance(event, BlocksStored):
+                    self._router.index.store(member.slot, event.block_hashes)
+                elif isinstance(event, BlocksRemoved):
+                    self._router.index.remove(member.slot, event.block_hashes)
+        elif not replica.num_open:
+            member.time.stopped_s = self._now
+        self._begin(member)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def _arrive(self, traced: TracedRequest) -> None:
-        request_id = str(next(self._number))
+        if self._router.keys:
+            self._route(traced)
+        else:
+            self._waiting.append(traced)
+
+    def _route(self, traced: TracedRequest) -> None:
+        number = next(self._order)
+        block_size = self._trace.block_tokens
         hashes = [BlockHash(block.to_bytes(16, "big")) for block in traced.block_ids]
         # Nothing looks at these tokens where hashes are given; the last one tells generated blocks apart.
-        prompt_ids = (0,) * (traced.num_prompt - 1) + (int(request_id) + 1,)
-        routed = self._router.describe(
-            request_id,
-            prompt_ids,
-            block_size=self._block_size,
-            max_tokens=traced.num_output,
-            session=traced.session,
-            block_hashes=hashes,
+        prompt_ids = (0,) * (traced.num_prompt - 1) + (number,)
+        decision = self._router.decide(
+            self._router.describe(
+                str(number),
+                prompt_ids,
+                block_size=block_size,
+                max_tokens=traced.num_output,
+                session=traced.session,
+                block_hashes=hashes,
+            )
         )
-        decision = self._router.decide(routed)
         assert decision is not None, "no replica"
-        number = int(decision.target.key.removeprefix("replica-"))
-        replica = self._replicas[number]
-        if not replica.can_hold(traced.num_prompt + traced.num_output) or self._is_hopeless(decision.best.ttft_s):
-            self._served.append(Served.refused(traced))
+        member = self._members[int(decision.target.key.removeprefix("replica-"))]
+        if not member.replica.can_hold(traced.num_prompt + traced.num_output) or self._is_hopeless(decision.best):
+            self._finish(Served.refused(traced))
             return
         self._router.reserve(decision)
-        self._open[request_id] = _Open(traced, number)
-        full = traced.num_prompt // self._block_size
+        self._open[str(number)] = _Open(traced, member.number)
         request = Request(
-            RequestId(request_id),
+            RequestId(str(number)),
             prompt_ids,
             SamplingParams(max_tokens=traced.num_output, ignore_eos=True),
             seed=0,
             arrival_s=self._now,
-            block_hashes=hashes[:full],
+            block_hashes=hashes[: traced.num_prompt // block_size],
         )
-        replica.add(request, self._now)
-        if replica.is_busy:
-            heapq.heappush(self._events, (replica.ends_s, next(self._order), number))
+        member.replica.add(request, self._now)
+        if member.replica.is_busy:
+            self._at(member.replica.ends_s, partial(self._end, member, member.replica.ends_s))
         else:
-            self._begin(number, replica)
+            self._begin(member)
 
-    def _is_hopeless(self, ttft_s: float) -> bool:
+    def _is_hopeless(self, estimate: Estimate) -> bool:
         objective = self._objectives.ttft_s
-        return self._has_admission and objective is not None and ttft_s > objective
+        return self._has_admission and objective is not None and estimate.ttft_s > objective
 
-    def _take(self, output: RequestOutput) -> Served | None:
+    def _take(self, output: RequestOutput) -> None:
         """Note a request's first output; the whole of it with the last."""
         one = self._open[output.request_id]
-        if not one.first_token_s:
+        if one.first_token_s is None:
             one.first_token_s = self._now
             one.num_cached = output.num_cached_tokens
             self._router.settle(output.request_id)
         if output.finish_reason is None:
-            return None
+            return
         del self._open[output.request_id]
         self._router.finish(one.traced.num_output)
-        served = Served(
-            arrival_s=one.traced.arrival_s,
-            ttft_s=one.first_token_s - one.traced.arrival_s + self._profile.request_s,
-            finished_s=self._now + self._profile.request_s,
-            num_prompt=one.traced.num_prompt,
-            num_output=one.traced.num_output,
-            num_cached=one.num_cached,
-            replica=one.replica,
+        self._finish(
+            Served(
+                arrival_s=one.traced.arrival_s,
+                ttft_s=one.first_token_s - one.traced.arrival_s + self._profile.request_s,
+                finished_s=self._now + self._profile.request_s,
+                num_prompt=one.traced.num_prompt,
+                num_output=one.traced.num_output,
+                num_cached=one.num_cached,
+                replica=one.replica,
+            )
         )
+
+    def _finish(self, served: Served) -> None:
         self._served.append(served)
-        return served
+        self._num_left -= 1
+        follower = self._next_request(served) if self._next_request is not None else None
+        if follower is not None:
+            self._num_left += 1
+            self._at(follower.arrival_s, partial(self._arrive, follower))
+        if self._on_progress is not None and len(self._served) % 500 == 0:
+            self._on_progress(len(self._served), len(self._served) + self._num_left)
 
 
 def simulate(
@@ -216,10 +271,15 @@ def simulate(
     *,
     objectives: Objectives | None = None,
     has_admission: bool = False,
+    autoscaler: Autoscaler | None = None,
     next_request: NextRequest | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SimulationResult:
-    """Replay `trace` on `num_replicas` replicas of `profile`. See Simulation."""
+    """Replay `trace` on `num_replicas` replicas of `profile`, which `autoscaler` may change every SCALING_PERIOD_S.
+
+    has_admission: requests that are predicted to miss their objective for the first token are refused. next_request:
+    what a client asks when it has its answer, for closed loops. Raises ConfigError for blocks that do not fit.
+    """
     return Simulation(
         trace,
         profile,
@@ -227,6 +287,7 @@ def simulate(
         num_replicas,
         objectives=objectives,
         has_admission=has_admission,
+        autoscaler=autoscaler,
         next_request=next_request,
         on_progress=on_progress,
     ).run()

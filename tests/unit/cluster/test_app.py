@@ -1,4 +1,4 @@
-"""What Serve is told about the place of a replica."""
+"""What Serve is told about the place of a replica, and about the way to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 
 from shoal.cluster.app import build_app, num_cpus
 from shoal.cluster.config import parse_config
+from shoal.cluster.routing.serve_router import ShoalRouter
+from shoal.engine.config import ConfigError
 
 
 def replica(**model: Any) -> Any:
@@ -43,3 +45,17 @@ def test_a_group_is_a_placement_group_with_its_coordinator_in_the_first_bundle()
 def test_the_cpus_of_a_replica_are_those_of_its_ranks(shape: dict[str, int], expected: float) -> None:
     config = parse_config({"models": [{"name": "m", "engine": {"device": "cpu", "num_threads": 3}, **shape}]})
     assert num_cpus(config.models[0]) == expected
+
+
+def test_serve_routes_with_the_models_policy_and_lets_its_replicas_drain() -> None:
+    application = build_app(parse_config({"models": [{"name": "m", "routing": "least_loaded", "drain_timeout": 42}]}))
+    config = application._bound_deployment.init_args[2]["m"]._bound_deployment._deployment_config
+    assert config.request_router_config.get_request_router_class() is ShoalRouter
+    assert config.request_router_config.request_router_kwargs == {"policy": "least_loaded", "options": {}}
+    assert config.graceful_shutdown_timeout_s == 42
+    assert application._bound_deployment._deployment_config.graceful_shutdown_timeout_s == 42
+
+
+def test_a_policy_that_cannot_be_made_is_refused_when_the_application_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"no routing policy 'random'.*prefix_aware"):
+        build_app(parse_config({"models": [{"routing": "random"}]}))

@@ -332,8 +332,8 @@ async def test_noise_on_the_socket_changes_nothing(rig: Rig) -> None:
 
 
 async def test_what_another_gateway_says_comes_beside_the_tokens(rig: Rig) -> None:
-    said: list[PeerMessage] = []
-    rig.inbox._on_peer_message = said.append
+    said: asyncio.Queue[PeerMessage] = asyncio.Queue()
+    rig.inbox._on_peer_message = said.put_nowait
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     other = context.socket(zmq.PUSH)
     other.connect(rig.inbox.address)
@@ -341,9 +341,7 @@ async def test_what_another_gateway_says_comes_beside_the_tokens(rig: Rig) -> No
     for message in messages:
         other.send(encode_peer_message(message))
     assert await tokens_of(rig.backend, call("c")) == {"c-0": [1, 2, 3, 4, 5]}
-    while len(said) < len(messages):
-        await asyncio.sleep(0.001)
-    assert said == messages
+    assert [await asyncio.wait_for(said.get(), 5.0) for _ in messages] == messages
     context.destroy(linger=0)
 
 

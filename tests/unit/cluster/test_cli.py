@@ -115,6 +115,7 @@ def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
         (["--stages", "near"], "models[0].nodes.stages"),
+        (["--routing", "best"], "there is no routing policy 'best'"),
         (["--tensor-parallel", "4"], "4 tensor ranks cannot share 9 heads with 3 KV heads"),
     ],
 )

@@ -164,6 +164,16 @@ def test_an_absent_embedded_model_says_how_to_get_it(monkeypatch: pytest.MonkeyP
         locate_model(EMBEDDED_MODEL)
 
 
+def test_a_policys_name_alone_is_the_policy_without_options() -> None:
+    named = parse_config({"models": [{"routing": "round_robin"}]})
+    written_out = parse_config({"models": [{"routing": {"policy": "round_robin", "options": {}}}]})
+    assert named == written_out
+    seeded = parse_config({"models": [{"routing": {"policy": "power_of_two", "options": {"seed": 7}}}]})
+    assert seeded.models[0].routing.options == {"seed": 7}
+    with pytest.raises(ConfigError, match=r"models\[0\]\.routing\.option: unknown key; did you mean 'options'"):
+        parse_config({"models": [{"routing": {"option": {}}}]})
+
+
 def test_overrides_are_checked_like_the_file() -> None:
     config = override(ClusterConfig(), {"http.port": 9001, "models.0.engine.kv_memory": "1GiB", "gateways": None})
     assert (config.http.port, config.models[0].engine.kv_memory, config.gateways) == (9001, 2**30, 1)

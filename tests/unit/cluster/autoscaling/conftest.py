@@ -136,7 +136,9 @@ class Scaler:
         return decision.replicas
 
 
-def _poisson(loads: Sequence[tuple[float, float]], *, mean_s: float, scv: float, seed: int) -> list[tuple[float, float]]:
+def _poisson(
+    loads: Sequence[tuple[float, float]], *, mean_s: float, scv: float, seed: int
+) -> list[tuple[float, float]]:
     chance = random.Random(seed)
     sigma = math.sqrt(math.log1p(scv))
     prompts, begin_s = [], 0.0

@@ -15,9 +15,9 @@ def history(loads: list[float]) -> History:
 
 def test_a_constant_load_is_averaged_over_all_that_is_known() -> None:
     chance = random.Random(1)
-    loads = [4.0 + chance.choice((-1.0, 1.0)) for _ in range(150)]
+    loads = [4.0 + chance.choice((-1.0, 1.0)) for _ in range(MAX_BINS)]
     demand = history(loads).demand(1.0)
-    assert abs(demand.load - sum(loads) / 150) < 1e-9
+    assert abs(demand.load - sum(loads) / MAX_BINS) < 1e-9
     assert demand.growth_per_s == 0.0
 
 

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from shoal.cluster.app import scaling_options
 from shoal.cluster.autoscaling.signals import ReplicaSignals
 from shoal.cluster.config import ModelSettings, parse_config
+from shoal.engine.config import ConfigError
 
 IDLE = ReplicaSignals(0.0, 1000.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 FULL = dataclasses.replace(IDLE, kv_usage=1.0, num_running=8.0)
@@ -115,6 +116,19 @@ def test_the_plain_policy_is_serves_own() -> None:
 def test_it_begins_with_so_many_replicas() -> None:
     assert config_of(model(min_replicas=0)).initial_replicas == 1
     assert config_of(model(min_replicas=3)).initial_replicas == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "2 is less than min_replicas 3"),
+        ({"replicas": 5, "autoscaling": {"max_replicas": 4}}, "replicas 5 to begin with are more than max_replicas 4"),
+        ({"autoscaling": {}}, r"autoscaling\.max_replicas"),
+    ],
+)
+def test_bounds_that_contradict_each_other_are_refused(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_config({"models": [keys]})
 
 
 def test_stats_survive_the_way_through_serve() -> None:

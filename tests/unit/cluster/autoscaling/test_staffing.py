@@ -43,7 +43,9 @@ def test_no_work_needs_nobody_and_too_much_all() -> None:
     assert replicas_needed(30.0, PromptTimes(1.0, 1.0), 2.0, 0.01, 10) == 10
 
 
-@pytest.mark.parametrize(("load", "mean_s", "scv", "ttft_s"), [(1.5, 0.4, 1.0, 3.0), (6.0, 0.4, 1.0, 3.0), (3, 1, 0.3, 6)])
+@pytest.mark.parametrize(
+    ("load", "mean_s", "scv", "ttft_s"), [(1.5, 0.4, 1.0, 3.0), (6.0, 0.4, 1.0, 3.0), (3, 1, 0.3, 6)]
+)
 def test_so_many_replicas_keep_the_objective(
     fleet: Any, poisson: Any, load: float, mean_s: float, scv: float, ttft_s: float
 ) -> None:

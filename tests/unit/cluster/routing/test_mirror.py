@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.channel import Held, PeerMessage, Reserved, Settled, decode_gateway_message
+from shoal.cluster.channel import GenerateCall, Held, PeerMessage, Reserved, Settled, decode_gateway_message
 from shoal.cluster.routing import mirror as mirror_module
 from shoal.cluster.routing.load import LEASE_S
 from shoal.cluster.routing.mirror import Mirror, MirroredReservations
+from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.cluster.routing.router import Router
+from shoal.engine.request import SamplingParams
 
 REPLICAS = ("a", "b")
 HASHES = tuple(bytes([i]) * 16 for i in range(6))
@@ -100,6 +103,47 @@ def test_whatever_is_lost_doubled_or_late_nothing_outlives_its_lease(events: lis
     assert len(mirrored) == 0
     assert all(not ids for ids in reserved(router).values())
     assert router.index.match(HASHES) == {}  # type: ignore[arg-type]
+
+
+class Relay:
+    """A mirror whose words reach the other gateway at once."""
+
+    has_peers = True
+
+    def __init__(self) -> None:
+        self.other: MirroredReservations | None = None
+
+    def tell(self, message: PeerMessage) -> None:
+        assert self.other is not None
+        self.other.take(message)
+
+
+def test_two_gateways_do_not_send_to_the_same_idle_replica() -> None:
+    relays: list[Any] = [Relay(), Relay()]
+    gateways = [ModelRouting(f"gateway{i}") for i in range(2)]
+    for gateway, relay, other in zip(gateways, relays, reversed(gateways), strict=True):
+        gateway.share(relay)
+        relay.other = other.mirrored
+        gateway.update({key: metadata(key) for key in REPLICAS})
+    calls = [GenerateCall(name, tuple(range(i, i + 500)), SamplingParams(seed=1)) for i, name in enumerate("xyz")]
+    chosen = []
+    for one, gateway in zip(calls, (gateways[0], gateways[1], gateways[0]), strict=True):
+        gateway.open(one, gateway.describe(one))
+        decision = gateway.choose(one, set(REPLICAS))
+        assert decision is not None
+        chosen.append(decision.target.key)
+    assert set(chosen[:2]) == set(REPLICAS)
+    for one, gateway in zip(calls, (gateways[0], gateways[1], gateways[0]), strict=True):
+        gateway.settle(one)
+    assert [len(gateway.mirrored) for gateway in gateways] == [0, 0]
+    for gateway in gateways:
+        assert all(not ids for ids in reserved(gateway.router).values())
+        gateway.close()
+
+
+def metadata(key: str) -> dict[str, Any]:
+    """Of a replica at an address where nobody listens."""
+    return {"events": "tcp://127.0.0.1:1", "topic": f"kv@{key}@model", "block_size": 16, "hashes": "shoal", "epoch": 1}
 
 
 class Peer:

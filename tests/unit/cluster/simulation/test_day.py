@@ -3,6 +3,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_conversation_begins_with_what_was_said_and_keeps_the_days_load() -> N
         conversations[one.session].append(one)
     assert max(map(len, conversations.values())) > 4
     for turns in conversations.values():
-        for before, after in zip(turns, turns[1:], strict=False):
+        for before, after in pairwise(turns):
             full = before.num_prompt // trace.block_tokens
             assert after.num_prompt > before.num_prompt + before.num_output
             assert after.block_ids[:full] == before.block_ids[:full]
@@ -100,7 +101,8 @@ def test_the_oracle_takes_the_fewest_replicas_that_do() -> None:
     assert share_kept(best) >= 0.99
     assert share_kept(Schedule(best.interval_s, [max(1, n - 1) for n in best.replicas])) < 0.99
     assert sum(seconds for _, seconds in work) < best.replica_hours * HOUR_S
-    assert best(2 * HOUR_S) > 3 * best(0.0)
+    assert best(0.0) == 1
+    assert max(best.replicas) >= 4
 
 
 def test_an_objective_out_of_reach_has_no_oracle() -> None:

@@ -40,9 +40,9 @@ def test_there_is_a_profile_of_each_device_and_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_prefill_token", "tokens"), [(0.0, 8192), (1e-5, 8192), (1e-4, 512), (1.25e-4, 512), (1e-2, 256)]
+    ("per_prefill_token", "tokens"), [(0.0, 8192), (1e-5, 2048), (1e-4, 256), (1.25e-4, 256), (1e-2, 256)]
 )
-def test_a_step_is_the_largest_power_of_two_that_takes_a_tenth_of_a_second(
+def test_a_step_is_the_largest_power_of_two_that_takes_a_twentieth_of_a_second(
     per_prefill_token: float, tokens: int
 ) -> None:
     profile = parse_profile({"kv_tokens": 1, "step_s": RATES | {"per_prefill_token": per_prefill_token}})
