@@ -18,6 +18,7 @@ class EngineLoad:
 
     prefills: requests whose prompt is not computed yet, waiting and running, with the tokens they have still to
         compute, in the order in which that will happen; at most MAX_PREFILLS. more_prefill_tokens: of the rest.
+    num_waiting_tokens: tokens that waiting requests have still to compute, for which they have no KV blocks yet.
     num_context_tokens: tokens of the running requests that have KV.
     num_free_blocks: empty ones (num_empty_blocks) and cached ones that may be evicted.
     step_time: None until enough steps were seen.
@@ -29,6 +30,7 @@ class EngineLoad:
     num_running: int
     max_running_requests: int
     num_waiting: int
+    num_waiting_tokens: int
     num_decoding: int
     num_context_tokens: int
     num_free_blocks: int

@@ -1,7 +1,7 @@
 """What it costs to give a request to a replica, in seconds. Pure functions.
 
 The cost of a placement is the time that it adds to everybody's waiting: the request's own time to its first token,
-the delay that it brings to those who are computed after it or beside it, and what has to be computed again because
+the delay that it brings to prompts that are computed after it, and what has to be computed again because
 its blocks push others out of the cache. No weights and no thresholds: the least cost wins. A hot prefix spreads to a
 second replica when waiting for its holder costs more than computing it anew; what every replica holds cancels out.
 """
@@ -51,11 +51,13 @@ def added_seconds(
 ) -> tuple[float, float, float]:
     """The first three numbers of an Estimate. Called for every replica in every decision: 0.5 us.
 
-    Replicas compute the shortest rest of a prompt first (engine.scheduling), so only shorter ones are ahead. Those
-    behind wait for all of ours; those that decode wait for it too, as their steps carry our chunks.
+    Replicas compute the shortest rest of a prompt first (engine.scheduling), so only shorter ones are ahead, and those
+    behind wait for all of ours. Decoding shows in the time of a step. That it is held up by our chunks is not counted:
+    it is, wherever we go, and steering around it makes first tokens wait in queues for the sake of milliseconds spread
+    over many later ones.
     """
     per_token = load.seconds_per_token
-    delay = load.decoding_delay * uncached
+    delay = 0.0
     tokens: float = uncached
     if prefills := load.prefills:
         ahead = 0
@@ -65,14 +67,23 @@ def added_seconds(
             else:
                 delay += per_token * uncached
         done = (now - load.reported_s) / per_token
-        if num_pending > ahead:
-            ahead = num_pending
         if ahead > done:
             tokens += ahead - done
+    for remaining in load.pending:
+        if remaining <= uncached:
+            tokens += remaining
+        else:
+            delay += per_token * uncached
+    if num_pending and tokens < uncached + num_pending:
+        tokens = uncached + num_pending
     seconds = per_token * tokens
     least = load.step_s + load.per_prefill_token * tokens  # a step has its base, however small
     if seconds < least:
         seconds = least
+    wait = load.slot_wait_s
+    missing = num_new_blocks - load.room_blocks
+    if missing > 0 and load.blocks_per_s:
+        wait = max(wait, missing / load.blocks_per_s)
     evicted = num_new_blocks - load.num_empty_blocks
     eviction = evicted * eviction_tokens * per_token if evicted > 0 else 0.0
-    return seconds + load.slot_wait_s, delay, eviction
+    return seconds + wait, delay, eviction

@@ -30,14 +30,31 @@ class Reservation:
 class ReplicaLoad:
     """One replica's work. The plain attributes are what a cost is made of; they are renewed with every change.
 
-    Between reports the work that they hold is taken to go on at the rate that the replica has reported.
+    prefills: prompt tokens still to be computed of each request in the last report, made at `reported_s`; from then on
+    they are taken to go on at the rate that is known. pending: of those that no report has shown yet.
     """
 
     __slots__ = (
-        "_num_measured", "_report", "_reservations", "backlog", "decoding_delay", "is_known", "max_step_tokens",
+        "_num_measured",
+        "_report",
+        "_reservations",
+        "backlog",
+        "blocks_per_s",
+        "is_known",
+        "max_step_tokens",
         "num_decoding",
-        "num_empty_blocks", "num_open", "num_tokens_routed", "per_prefill_token", "prefills", "reported_s",
-        "room_blocks", "seconds_per_token", "slot_wait_s", "step_s", "step_time",
+        "num_empty_blocks",
+        "num_open",
+        "num_tokens_routed",
+        "pending",
+        "per_prefill_token",
+        "prefills",
+        "reported_s",
+        "room_blocks",
+        "seconds_per_token",
+        "slot_wait_s",
+        "step_s",
+        "step_time",
     )  # fmt: skip
 
     def __init__(self, now: float) -> None:
@@ -115,9 +132,10 @@ class ReplicaLoad:
         report, time, reserved = self._report, self.step_time, self._reservations
         pending = [r.num_uncached for r in reserved.values() if not r.is_reported]
         if report is None:
-            self.prefills = pending
+            self.prefills = []
             self.num_decoding = self.num_empty_blocks = 0
             self.room_blocks = 2**31
+            self.blocks_per_s = 0.0
             self.max_step_tokens = 2**31
             self.step_s = time.base
             self.seconds_per_token = time.per_prefill_token
@@ -131,10 +149,12 @@ class ReplicaLoad:
             ]
             if report.more_prefill_tokens:
                 self.prefills.append(report.more_prefill_tokens)
-            self.prefills += pending
             self.num_decoding = report.num_decoding
             self.num_empty_blocks = report.num_empty_blocks
-            self.room_blocks = report.num_free_blocks
+            held = report.num_blocks - report.num_free_blocks
+            self.blocks_per_s = report.finished_per_s * held / max(1, report.num_running)  # that are given back
+            waiting = report.num_waiting_tokens + sum(pending)
+            self.room_blocks = report.num_free_blocks - waiting // report.block_size
             self.max_step_tokens = report.max_step_tokens
             self.step_s = time.seconds(0, report.num_decoding, report.num_context_tokens)
             share = max(1, report.max_step_tokens - report.num_decoding)  # of a step, for prompts
@@ -143,5 +163,5 @@ class ReplicaLoad:
             excess = self.num_open + 1 - report.max_running_requests
             self.slot_wait_s = excess / report.finished_per_s if excess > 0 and report.finished_per_s > 0 else 0.0
         self.per_prefill_token = time.per_prefill_token
-        self.decoding_delay = time.per_prefill_token * self.num_decoding  # of all that decode, by a prompt token
-        self.backlog = sum(self.prefills)
+        self.pending = pending
+        self.backlog = sum(self.prefills) + sum(pending)

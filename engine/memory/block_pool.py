@@ -10,7 +10,7 @@ so the victim is the head of one of few lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from shoal.engine.request import BlockId
 
@@ -110,6 +110,14 @@ class BlockPool:
             else:
                 self._uses[block] = EMPTY
                 self._insert_after(self._ends[EMPTY], block)
+
+    def refresh(self, blocks: Sequence[BlockId]) -> None:
+        """Free ones are as young as if they had been used just now. Pass a prefix from its beginning."""
+        for block in reversed(blocks):
+            if self._references[block] == 0:
+                self._unlink(block)
+                self._freed_at[block] = self.num_allocated
+                self._insert_after(self._previous[self._ends[self._uses[block]]], block)
 
     def inherit(self, heir: BlockId, block: BlockId) -> None:
         """`heir`, which is in use, now stands for what both hold: their uses are added up."""

@@ -102,9 +102,13 @@ class KVManager:
 
     # -- admission ---------------------------------------------------------------------------------------------
 
-    def num_cached_tokens(self, request: Request) -> int:
-        """Known tokens that would be found in the cache if the request were admitted now."""
-        return len(self._find_hits(request)) * self.block_size
+    def refresh_cached(self, request: Request) -> int:
+        """Known tokens that would be found in the cache if the request were admitted now. They are as young as if it had
+        been, so that those who are admitted before it evict others first.
+        """
+        hits = self._find_hits(request)
+        self._pool.refresh(hits)
+        return len(hits) * self.block_size
 
     def _find_hits(self, request: Request) -> list[BlockId]:
         if not self._is_caching:

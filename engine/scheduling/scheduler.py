@@ -113,7 +113,7 @@ class Scheduler:
             self._waiting.arrive(request, num_tokens=1)
             self._forks.setdefault(source.request_id, []).append(request)
         else:
-            request.num_planned = self._kv.num_cached_tokens(request)
+            request.num_planned = self._kv.refresh_cached(request)
             self._waiting.arrive(request, request.num_remaining)
             self._waiting.push(request)
 
@@ -145,7 +145,7 @@ class Scheduler:
 
     def _wake_forks(self, source: RequestId) -> None:
         for request in self._forks.pop(source, ()):
-            request.num_planned = self._kv.num_cached_tokens(request)
+            request.num_planned = self._kv.refresh_cached(request)
             self._waiting.push(request)
 
     # -- plan --------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Scheduler:
         del self._running[request.request_id]
         self._leave(request)
         request.num_computed = request.num_slots = 0
-        request.num_planned = self._kv.num_cached_tokens(request)
+        request.num_planned = self._kv.refresh_cached(request)
         request.num_preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(request)
@@ -481,6 +481,7 @@ class Scheduler:
             num_running=self.num_running,
             max_running_requests=self._max_running,
             num_waiting=self.num_waiting,
+            num_waiting_tokens=self._waiting.num_tokens,
             num_decoding=sum([request.is_prompt_computed for request in running]),
             num_context_tokens=sum([request.num_computed for request in running]),
             num_free_blocks=self._kv.num_free_blocks,

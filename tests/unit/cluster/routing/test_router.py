@@ -24,6 +24,7 @@ IDLE = EngineLoad(
     num_running=0,
     max_running_requests=64,
     num_waiting=0,
+    num_waiting_tokens=0,
     num_decoding=0,
     num_context_tokens=0,
     num_free_blocks=1000,

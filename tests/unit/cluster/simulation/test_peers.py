@@ -199,6 +199,7 @@ def report(*, num_blocks: int, num_free_blocks: int) -> EngineLoad:
         num_running=1,
         max_running_requests=10,
         num_waiting=0,
+        num_waiting_tokens=0,
         num_decoding=1,
         num_context_tokens=0,
         num_free_blocks=num_free_blocks,

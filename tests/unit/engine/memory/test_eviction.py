@@ -152,7 +152,7 @@ def test_looking_changes_nothing() -> None:
     requests.use(prompt(1, 4))
     waiting = Request(RequestId("w"), prompt(1, 4), PARAMS, 0, 0.0)
     before = requests.kv.cached_hashes(), requests.kv._pool.free_blocks()
-    assert requests.kv.num_cached_tokens(waiting) == 4 * BLOCK
+    assert requests.kv.refresh_cached(waiting) == 4 * BLOCK
     assert (requests.kv.cached_hashes(), requests.kv._pool.free_blocks()) == before
 
 
