@@ -123,7 +123,7 @@ def shoal_decide(workload: Workload) -> Contender:
                 more_prefill_tokens=0,
                 num_running=20,
                 max_running_requests=256,
-                num_waiting=len(prefills), num_waiting_tokens=0,
+                num_waiting=len(prefills),
                 num_waiting_tokens=0,
                 num_decoding=draw.randrange(20),
                 num_context_tokens=draw.randrange(100_000),

@@ -189,7 +189,7 @@ class ModelSettings(Settings):
     objectives: ObjectiveSettings = ObjectiveSettings()
     fairness: FairnessSettings = FairnessSettings()
     autoscaling: AutoscalingSettings | None = Field(default=None, description="None: always so many `replicas`")
-    drain_timeout: float = Field(default=300.0, gt=0, description="seconds that a replica that is taken down may finish")
+    drain_timeout: float = Field(default=300.0, gt=0, description="seconds to finish streams in")
 
     @field_validator("stage_layers")
     @classmethod

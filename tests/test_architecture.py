@@ -64,8 +64,7 @@ LAYERS: Mapping[str, set[str]] = {
     "engine.step_time": {"engine.plan"},
     "engine.load": FACTS | {"engine.step_time"},
     "engine.scheduling": FACTS | {"engine.memory", "engine.load", "engine.step_time"},
-    "engine.core": FACTS
-    | {"engine.scheduling", "engine.memory", "engine.executor", "engine.load", "engine.step_time"},
+    "engine.core": FACTS | {"engine.scheduling", "engine.memory", "engine.executor", "engine.load", "engine.step_time"},
     "engine.gguf_header": FACTS,
     "engine.machine": {"engine.config"},
     "engine.sizing": {"engine.config", "engine.memory.kv_layout", "engine.models", "engine.parallel.topology"},

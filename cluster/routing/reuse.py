@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final
 
@@ -22,7 +23,7 @@ class ReuseStats:
     """
 
     def __init__(self) -> None:
-        self._ghosts: dict[BlockHash, bool] = {}  # oldest first; whether it was wanted
+        self._ghosts: OrderedDict[BlockHash, bool] = OrderedDict()  # oldest first; whether it was wanted
         self._wanted = 0.0
         self._seen = 0.0
 
@@ -37,7 +38,7 @@ class ReuseStats:
             self._count(was_wanted)
         self._ghosts[block_hash] = False
         while len(self._ghosts) > min(num_cached, MAX_GHOSTS):
-            self._count(self._ghosts.pop(next(iter(self._ghosts))))
+            self._count(self._ghosts.popitem(last=False)[1])
 
     def missed(self, block_hashes: Iterable[BlockHash]) -> None:
         """A prompt goes on with these behind its cached prefix: as far as they are ghosts, they would have been hit."""

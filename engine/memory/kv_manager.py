@@ -103,8 +103,8 @@ class KVManager:
     # -- admission ---------------------------------------------------------------------------------------------
 
     def refresh_cached(self, request: Request) -> int:
-        """Known tokens that would be found in the cache if the request were admitted now. They are as young as if it had
-        been, so that those who are admitted before it evict others first.
+        """Known tokens that would be found in the cache if the request were admitted now. They are as young as if it
+        had been, so that those who are admitted before it evict others first.
         """
         hits = self._find_hits(request)
         self._pool.refresh(hits)

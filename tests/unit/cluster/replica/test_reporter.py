@@ -16,7 +16,8 @@ from shoal.engine.request import RequestId
 from shoal.engine.step_time import StepTime
 
 LOAD = EngineLoad(
-    prefills=((RequestId("c-0"), 12),), more_prefill_tokens=3, num_running=1, max_running_requests=8, num_waiting=2, num_waiting_tokens=5,
+    prefills=((RequestId("c-0"), 12),), more_prefill_tokens=3, num_running=1, max_running_requests=8, num_waiting=2,
+    num_waiting_tokens=5,
     num_decoding=1, num_context_tokens=40, num_free_blocks=7, num_empty_blocks=5, num_blocks=10, block_size=16,
     max_step_tokens=512, step_time=StepTime(0.1, 0.2, 0.3, 0.4), finished_per_s=1.5,
 )  # fmt: skip

@@ -70,7 +70,8 @@ class Rig:
 def load(*prefills: int, num_decoding: int = 0) -> EngineLoad:
     return EngineLoad(
         prefills=tuple((RequestId(f"other{i}-0"), tokens) for i, tokens in enumerate(prefills)),
-        more_prefill_tokens=0, num_running=num_decoding, max_running_requests=64, num_waiting=len(prefills), num_waiting_tokens=0,
+        more_prefill_tokens=0, num_running=num_decoding, max_running_requests=64, num_waiting=len(prefills),
+        num_waiting_tokens=0,
         num_decoding=num_decoding, num_context_tokens=100 * num_decoding, num_free_blocks=1000, num_empty_blocks=1000,
         num_blocks=1000, block_size=BLOCK_SIZE, max_step_tokens=512,
         step_time=StepTime(0.001, 0.001, 0.001, 0.0), finished_per_s=1.0,
