@@ -68,6 +68,7 @@ _STATUS_EXAMPLES = """examples:
 _SIMULATE_EXAMPLES = """examples:
   shoal simulate --trace mooncake.jsonl --replicas 16 --hardware h100-8b       Shoal's policies
   shoal simulate --trace azure.csv --replicas 8 --hardware profile.yaml --policy all --ttft-ms 500 --plot out.svg
+  shoal simulate --trace azure.csv --replicas 2 --hardware h100-8b --ttft-ms 500 --autoscaling latency --plot out.svg
   shoal simulate --trace mooncake.jsonl --speed 2 --replicas 16 --hardware h100-8b --policy prefix_aware,lmetric --json
 
 a trace is Mooncake's (lines of JSON: timestamp, input_length, output_length, hash_ids of 512-token blocks) or Azure's
@@ -236,6 +237,10 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--tpot-ms", type=float, metavar="X", help="objective: time of each token after it, on average"
     )
     simulate.add_argument("--admission", action="store_true", help="refuse what is predicted to miss --ttft-ms")
+    scaling = simulate.add_argument_group("the number of replicas, --replicas to begin with (default: it stays)")
+    scaling.add_argument("--autoscaling", choices=("latency", "ongoing_requests"), help="how it follows the load")
+    scaling.add_argument("--min-replicas", type=int, metavar="N", help="default: 1")
+    scaling.add_argument("--max-replicas", type=int, metavar="N", help="default: 1000")
     simulate.add_argument("--seed", type=int, default=0, metavar="N", help="of policies that draw lots (default: 0)")
     simulate.add_argument("--plot", metavar="FILE.svg|png", help="draw the comparison")
     simulate.add_argument("--json", action="store_true", help="for programs")
@@ -336,7 +341,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from shoal.cluster.commands.simulate import objectives, simulate
+    from shoal.cluster.commands.simulate import autoscaling, objectives, simulate
 
     return simulate(
         args.trace,
@@ -347,6 +352,9 @@ def _simulate(args: argparse.Namespace) -> int:
         speed=args.speed,
         objectives=objectives(ttft_ms=args.ttft_ms, tpot_ms=args.tpot_ms),
         has_admission=args.admission,
+        autoscaling=autoscaling(
+            policy=args.autoscaling, min_replicas=args.min_replicas, max_replicas=args.max_replicas
+        ),
         seed=args.seed,
         plot=args.plot,
         is_json=args.json,

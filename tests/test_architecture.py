@@ -118,7 +118,9 @@ LAYERS: Mapping[str, set[str]] = {
     | {"cluster.autoscaling", "cluster.routing"}
     | {"engine.load", "engine.memory", "engine.scheduling", "engine.step_time"},
     "cluster.app": ENGINE_FACE | SHARED | {"cluster.gateway", "cluster.routing", "cluster.replica"},
-    "cluster.commands": ENGINE_FACE | SHARED | {"cluster.app", "cluster.routing", "cluster.simulation"},
+    "cluster.commands": ENGINE_FACE
+    | SHARED
+    | {"cluster.app", "cluster.autoscaling", "cluster.routing", "cluster.simulation"},
     "cluster.cli": ENGINE_FACE | {"cluster.commands", "cluster.config"},
     "cluster": set(),
 }

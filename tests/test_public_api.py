@@ -9,6 +9,7 @@ import inspect
 import shoal.engine
 from shoal.cluster.cli import build_parser
 from shoal.cluster.config import (
+    AutoscalingSettings,
     ClusterConfig,
     EngineSettings,
     FairnessSettings,
@@ -109,7 +110,8 @@ def test_commands_and_their_options() -> None:
         "bench": ["--help", "--num-threads", "--calibrate", "--out"],
         "simulate": [
             "--help", "--trace", "--format", "--speed", "--replicas", "--policy", "--hardware", "--ttft-ms",
-            "--tpot-ms", "--admission", "--seed", "--plot", "--json",
+            "--tpot-ms", "--admission", "--autoscaling", "--min-replicas", "--max-replicas", "--seed", "--plot",
+            "--json",
         ],
     }  # fmt: skip
 
@@ -119,7 +121,7 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
-        "routing", "drain_timeout",
+        "routing", "autoscaling", "drain_timeout",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
@@ -128,6 +130,10 @@ def test_keys_of_a_configuration_file() -> None:
     }  # fmt: skip
     assert set(RoutingSettings.model_fields) == {"policy", "options"}
     assert set(ObjectiveSettings.model_fields) == {"ttft_ms", "tpot_ms"}
+    assert set(AutoscalingSettings.model_fields) == {
+        "policy", "min_replicas", "max_replicas", "target_ttft_ms", "target_kv_usage", "target_ongoing_requests",
+        "idle_timeout",
+    }  # fmt: skip
     assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
     assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}

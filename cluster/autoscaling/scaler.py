@@ -33,7 +33,7 @@ class OngoingRequestsScaler:
     `max_replicas` is at least `min_replicas`.
     """
 
-    def __init__(self, *, min_replicas: int, max_replicas: int, target: float, idle_timeout_s: float) -> None:
+    def __init__(self, min_replicas: int, max_replicas: int, *, target: float, idle_timeout_s: float) -> None:
         self._min_replicas = min_replicas
         self._max_replicas = max_replicas
         self._target = target

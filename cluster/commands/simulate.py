@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.cluster.autoscaling.latency import Goals
+from shoal.cluster.autoscaling.scaler import LatencyScaler, OngoingRequestsScaler
+from shoal.cluster.config import AutoscalingSettings
 from shoal.cluster.routing.policies import POLICIES, Policy, make_policy
 from shoal.cluster.simulation.peers import SIMULATED_POLICIES
 from shoal.cluster.simulation.plots import PLOT_SUFFIXES, save_plots
 from shoal.cluster.simulation.profile import load_profile
 from shoal.cluster.simulation.report import Comparison, PolicyReport
 from shoal.cluster.simulation.result import Objectives
+from shoal.cluster.simulation.simulator import Autoscaler
 from shoal.cluster.simulation.simulator import simulate as run
 from shoal.cluster.simulation.trace import TraceFormat, load_trace
 from shoal.engine.config import ConfigError
+
+MAX_REPLICAS = 1000  # where none is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ def simulate(
     speed: float = 1.0,
     objectives: Objectives,
     has_admission: bool = False,
+    autoscaling: AutoscalingSettings | None = None,
     seed: int = 0,
     plot: str | None = None,
     is_json: bool = False,
@@ -66,11 +73,14 @@ def simulate(
     """Play the trace once under each policy and print what came of it. Raises ConfigError.
 
     has_admission: refuse at once what is predicted to miss the objective for the first token, as a gateway does.
+    autoscaling: how the number of replicas follows the load, `num_replicas` at first; None: it stays.
     """
     if num_replicas < 1:
         raise ConfigError(f"there must be at least 1 replica, not {num_replicas}", field="replicas")
     if has_admission and objectives.ttft_s is None:
         raise ConfigError("--admission needs an objective: add --ttft-ms", field="objectives")
+    if autoscaling is not None:
+        _check_autoscaling(autoscaling, num_replicas, objectives)
     plot_path = None if plot is None else _plot_path(plot)
     profile = load_profile(hardware)
     made = {name: _make(name, seed) for name in _names(policies)}
@@ -86,6 +96,7 @@ def simulate(
             num_replicas,
             objectives=objectives,
             has_admission=has_admission,
+            autoscaler=None if autoscaling is None else _scaler(autoscaling, objectives),
             on_progress=_progress_of(name),
         )
         _finish_progress(name, results[name].wall_s)
@@ -105,6 +116,45 @@ def objectives(*, ttft_ms: float | None, tpot_ms: float | None) -> Objectives:
         if value is not None and not value > 0:
             raise ConfigError(f"{option} must be more than 0 milliseconds, not {value:g}", field="objectives")
     return Objectives(*(None if value is None else value / 1e3 for value in (ttft_ms, tpot_ms)))
+
+
+def autoscaling(
+    *, policy: str | None, min_replicas: int | None, max_replicas: int | None
+) -> AutoscalingSettings | None:
+    """What the options ask for; None without a policy. Raises ConfigError for numbers that cannot be."""
+    if policy is None:
+        for option, value in {"--min-replicas": min_replicas, "--max-replicas": max_replicas}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{option} needs a policy that stays within it: add --autoscaling", field="autoscaling"
+                )
+        return None
+    low, high = 1 if min_replicas is None else min_replicas, MAX_REPLICAS if max_replicas is None else max_replicas
+    if low < 0:
+        raise ConfigError(f"--min-replicas must be 0 or more, not {low}", field="autoscaling")
+    if high < max(1, low):
+        raise ConfigError(f"--max-replicas must be at least {max(1, low)}, not {high}", field="autoscaling")
+    return AutoscalingSettings.model_validate({"policy": policy, "min_replicas": low, "max_replicas": high})
+
+
+def _check_autoscaling(settings: AutoscalingSettings, num_replicas: int, objectives: Objectives) -> None:
+    if settings.policy == "latency" and objectives.ttft_s is None:
+        raise ConfigError("--autoscaling latency needs an objective: add --ttft-ms", field="objectives")
+    if not settings.min_replicas <= num_replicas <= settings.max_replicas:
+        raise ConfigError(
+            f"{num_replicas} replicas to begin with are not between --min-replicas {settings.min_replicas} "
+            f"and --max-replicas {settings.max_replicas}: change one of them",
+            field="replicas",
+        )
+
+
+def _scaler(settings: AutoscalingSettings, objectives: Objectives) -> Autoscaler:
+    """One that has seen nothing yet."""
+    low, high, idle_s = settings.min_replicas, settings.max_replicas, settings.idle_timeout
+    if settings.policy == "ongoing_requests":
+        return OngoingRequestsScaler(low, high, target=settings.target_ongoing_requests, idle_timeout_s=idle_s)
+    assert objectives.ttft_s is not None
+    return LatencyScaler(Goals(low, high, objectives.ttft_s, settings.target_kv_usage, idle_s))
 
 
 def _plot_path(plot: str) -> Path:

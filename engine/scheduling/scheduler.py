@@ -494,17 +494,22 @@ class Scheduler:
         )
 
     def _prefills(self) -> tuple[tuple[tuple[RequestId, int], ...], int]:
-        """`EngineLoad.prefills` and `more_prefill_tokens`. Steps in flight count as done."""
+        """`EngineLoad.prefills` and `more_prefill_tokens`. Steps in flight are still to be done."""
         key = self._waiting.key
-        running = self._in_turn([request for request in self._running.values() if not request.is_prompt_computed])
+        running = self._in_turn([r for r in self._running.values() if r.num_computed < len(r.prompt_ids)])
         waiting = heapq.nsmallest(MAX_PREFILLS, self._waiting, key=key)
         ordered = heapq.merge(running, waiting, key=key) if self._waiting.is_shortest_first else running + waiting
         forks = [fork for forks in self._forks.values() for fork in forks]
-        listed = [(request.request_id, request.num_remaining) for request in ordered]
+        listed = [(request.request_id, self._num_left(request)) for request in ordered]
         listed += [(fork.request_id, 1) for fork in forks]
-        total = sum([request.num_remaining for request in running]) + self._waiting.num_tokens + len(forks)
+        total = sum(map(self._num_left, running)) + self._waiting.num_tokens + len(forks)
         first = tuple(listed[:MAX_PREFILLS])
         return first, total - sum([num_tokens for _, num_tokens in first])
+
+    def _num_left(self, request: Request) -> int:
+        """Tokens to compute. A waiting request will find some in the cache."""
+        is_running = request.request_id in self._running
+        return request.num_known - request.num_computed if is_running else request.num_remaining
 
     def check(self) -> None:
         """Assert what must hold between steps (a self-audit, run when idle)."""

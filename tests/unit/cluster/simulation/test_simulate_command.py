@@ -129,6 +129,33 @@ def test_a_seed_makes_a_run_repeat_itself(inputs: list[str], capsys: pytest.Capt
     assert ttfts("1") == ttfts("1") != ttfts("2")
 
 
+def test_replicas_follow_the_load_as_the_policy_says(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A load of two replicas for ten minutes, then one request every minute for twenty."""
+    times = [500 * n for n in range(1200)] + [600_000 + 60_000 * n for n in range(20)]
+    trace = tmp_path / "falling.jsonl"
+    line = '{{"timestamp": {}, "input_length": 5120, "output_length": 1, "hash_ids": {}}}\n'
+    trace.write_text("".join(line.format(at, list(range(10 * n, 10 * n + 10))) for n, at in enumerate(times)))
+    at = inputs.index("--trace") + 1
+    command = [*inputs[:at], str(trace), *inputs[at + 1 :], "--policy", "prefix_aware", "--json", "--ttft-ms", "4000"]
+
+    def report(*options: str) -> dict[str, float]:
+        assert cli.main([*command, *options]) == 0
+        found: dict[str, float] = json.loads(capsys.readouterr().out)["policies"]["prefix_aware"]
+        return found
+
+    fixed, scaled = report("--replicas", "4"), report("--replicas", "4", "--autoscaling", "latency")
+    assert scaled["goodput_share"] > 0.99
+    assert scaled["replica_hours"] < 0.7 * fixed["replica_hours"]
+    bound = report("--replicas", "4", "--autoscaling", "latency", "--min-replicas", "4")
+    assert bound["replica_hours"] == pytest.approx(fixed["replica_hours"])
+    few = report("--replicas", "1", "--autoscaling", "latency", "--max-replicas", "1")
+    assert few["replica_hours"] == report("--replicas", "1")["replica_hours"]
+    by_number = report("--replicas", "4", "--autoscaling", "ongoing_requests")
+    assert scaled["replica_hours"] < by_number["replica_hours"] < fixed["replica_hours"]
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_a_picture_is_written_as_its_name_says(
     inputs: list[str], tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
@@ -147,6 +174,11 @@ def test_a_picture_is_written_as_its_name_says(
         (["--replicas", "0"], "at least 1 replica"),
         (["--ttft-ms", "0"], "--ttft-ms must be more than 0"),
         (["--admission"], "add --ttft-ms"),
+        (["--autoscaling", "latency"], "--autoscaling latency needs an objective: add --ttft-ms"),
+        (["--min-replicas", "1"], "--min-replicas needs a policy that stays within it: add --autoscaling"),
+        (["--autoscaling", "ongoing_requests", "--min-replicas", "-1"], "--min-replicas must be 0 or more"),
+        (["--autoscaling", "ongoing_requests", "--max-replicas", "0"], "--max-replicas must be at least 1"),
+        (["--autoscaling", "ongoing_requests", "--max-replicas", "1"], "2 replicas to begin with"),
         (["--tpot-ms", "nan"], "--tpot-ms must be more than 0"),
         (["--plot", "out.pdf"], "ends in .svg or .png"),
         (["--plot", "/nowhere/at/all/out.svg"], "there is no folder"),
