@@ -10,7 +10,8 @@ one process can play in a minute need a fleet. bursts doubles the load for ten m
 the same, four turns each that share what was said before. documents: 28,000 tokens each, on Llama 3.1 70B.
 
 The oracle plays the day under several schedules (shoal.cluster.simulation.day) and takes the cheapest that keeps the
-objective: its replicas follow each minute's load. Reversals are changes of direction of the target.
+objective: its replicas follow each minute's load. Its replica-hours are those that were paid, until a replica that goes
+has ended its requests; oracle_schedule_hours leaves that out. Reversals are changes of direction of the target.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def measure(name: str, seed: int, day_s: float, steps: int, say: Callable[[str],
             kept[_hours(result)] = result
         return share
 
-    oracle_schedule(day.work(scaled), share_kept, interval_s=INTERVAL_S, share=SHARE, steps=steps)
+    best = oracle_schedule(day.work(scaled), share_kept, interval_s=INTERVAL_S, share=SHARE, steps=steps)
     oracle_hours = min(kept)
     hours = day_s / 3600
     return {
@@ -171,6 +172,7 @@ def measure(name: str, seed: int, day_s: float, steps: int, say: Callable[[str],
         "replica_hours": _hours(scaled),
         "oracle_share_kept": day.share_kept(kept[oracle_hours]),
         "oracle_replica_hours": oracle_hours,
+        "oracle_schedule_hours": best.replica_hours,
         "over_oracle": _hours(scaled) / oracle_hours,
         "most_replicas": max(scaler.targets),
         "fixed_replica_hours": max(scaler.targets) * hours,

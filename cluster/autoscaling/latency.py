@@ -7,7 +7,7 @@ takes: a replica that is given up too early is missed for so long.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -150,31 +150,19 @@ def _for_latency(
 def _for_backlog(
     signals: ClusterSignals, demand: Demand, prompts: PromptTimes, state: ScalingState, goals: Goals
 ) -> Need:
-    """Enough to work off, in the time of a start, what will wait too long when a replica that is asked for now runs: for
-    the load of the last seconds, before it is known to last.
+    """Enough to work off, in the time of a start, what will wait too long by then: for the load of the last seconds,
+    before it is known to last.
     """
     running = len(signals.replicas)
     waiting_s = signals.num_queued * prompts.mean_s
     waiting_s += sum(max(0.0, one.predicted_ttft_s - prompts.mean_s) for one in signals.replicas.values())
     latest = state.history.latest(state.prompts.grain_s)
     load = max(demand.load, latest.load - _SURE_SIGMAS * latest.error)
-    for seconds, replicas in _running_until_started(signals, state):
-        waiting_s = max(0.0, waiting_s + (load - replicas) * seconds)
-        running = replicas
-    late_s = waiting_s - running * goals.ttft_s
+    growing_s = max(0.0, load - running) * state.start_s
+    late_s = waiting_s + growing_s - running * goals.ttft_s
     if late_s <= 0:
         return Need(min(1, math.ceil(signals.num_queued)), "queue")
     return Need(math.ceil(load + late_s / max(state.start_s, goals.ttft_s)), "queue")
-
-
-def _running_until_started(signals: ClusterSignals, state: ScalingState) -> Iterator[tuple[float, int]]:
-    """For how long how many replicas will run, until one that is asked for now does."""
-    running, since_s = len(signals.replicas), 0.0
-    for asked_s, replicas in state.asked:
-        until_s = max(since_s, asked_s + state.start_s - signals.now_s)
-        yield until_s - since_s, running
-        running, since_s = max(running, replicas), until_s
-    yield max(0.0, state.start_s - since_s), running
 
 
 def _for_kv(state: ScalingState, usage: float) -> Need:

@@ -27,10 +27,10 @@ class LatencyScaler:
 
 
 class OngoingRequestsScaler:
-    """Ray Serve's own policy with its own delays: `target` ongoing requests for each replica, on average over LOOK_BACK_S,
-    once that asked for more all through UP_DELAY_S, or for fewer all through DOWN_DELAY_S. Down to zero comes behind one.
+    """Ray Serve's own policy: `target` ongoing requests for each replica, on average over LOOK_BACK_S.
 
-    `max_replicas` is at least `min_replicas`.
+    It moves once that asked for more replicas all through UP_DELAY_S, or for fewer all through DOWN_DELAY_S, and from
+    one to none after `idle_timeout_s`. `max_replicas` is at least 1, and at least `min_replicas`.
     """
 
     def __init__(self, min_replicas: int, max_replicas: int, *, target: float, idle_timeout_s: float) -> None:
