@@ -11,9 +11,8 @@ import random
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, overload
 
 from shoal.cluster.routing.cost import Estimate, added_seconds, estimate
 from shoal.cluster.routing.load import ReplicaLoad
@@ -22,7 +21,6 @@ from shoal.engine.memory.kv_layout import blocks_needed
 from shoal.engine.request import BlockHash
 
 DEFAULT_POLICY: Final = "prefix_aware"
-MAX_RANKED: Final = 64  # of the replicas, where costs rank them
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +72,6 @@ class Ranked(NamedTuple):
     estimate: Estimate | None  # None: this policy counts no seconds
 
 
-# A NamedTuple's own constructor is a Python function; these two are called for up to MAX_RANKED replicas.
-_estimate = cast(Callable[[tuple[float, float, float, int, int]], Estimate], partial(tuple.__new__, Estimate))
-_ranked = cast(Callable[[tuple[Target, Estimate]], Ranked], partial(tuple.__new__, Ranked))
-
-
 class Policy(Protocol):
     """Ranks replicas.
 
@@ -106,7 +99,7 @@ def estimate_for(request: RoutedRequest, target: Target, matched: Matched, now: 
 
 
 class PrefixAware:
-    """The least cost in seconds (cost.py). Ranks the best MAX_RANKED."""
+    """The least cost in seconds (cost.py)."""
 
     def rank(self, request: RoutedRequest, targets: Sequence[Target], matched: Matched, now: float) -> Sequence[Ranked]:
         num_prompt, block_size, eviction_tokens = request.num_prompt, request.block_size, request.eviction_tokens
@@ -126,13 +119,44 @@ class PrefixAware:
                     now,
                 )
             )
+        return _ByCost(request, targets, matched, parts)
+
+
+class _ByCost(Sequence[Ranked]):
+    """Replicas by what they cost, as Ranked values that are made when somebody looks: few of many ever are."""
+
+    def __init__(
+        self,
+        request: RoutedRequest,
+        targets: Sequence[Target],
+        matched: Matched,
+        parts: Sequence[tuple[float, float, float]],
+    ) -> None:
+        self._request = request
+        self._targets = targets
+        self._matched = matched
+        self._parts = parts
         costs = [ttft + delay + eviction for ttft, delay, eviction in parts]
-        ranked = []
-        for index in sorted(range(len(costs)), key=costs.__getitem__)[:MAX_RANKED]:
-            target, num_matched = targets[index], blocks(targets[index].slot, 0) * block_size
-            estimate = _estimate((*parts[index], num_matched, num_prompt - num_matched))
-            ranked.append(_ranked((target, estimate)))
-        return ranked
+        self._order = sorted(range(len(costs)), key=costs.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, place: int) -> Ranked: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Ranked]: ...
+
+    def __getitem__(self, place: int | slice) -> Ranked | Sequence[Ranked]:
+        if isinstance(place, slice):
+            return [self._make(index) for index in self._order[place]]
+        return self._make(self._order[place])
+
+    def _make(self, index: int) -> Ranked:
+        request, target = self._request, self._targets[index]
+        num_matched = self._matched.get(target.slot, 0) * request.block_size
+        return Ranked(target, Estimate(*self._parts[index], num_matched, request.num_prompt - num_matched))
 
 
 class RoundRobin:
