@@ -56,10 +56,10 @@ def added_seconds(
     it is, wherever we go, and steering around it makes first tokens wait in queues for the sake of milliseconds spread
     over many later ones.
     """
-    per_token = load.seconds_per_token
+    per_token, step_s, per_prefill_token, wait, room_blocks, num_empty_blocks, prefills, pending = load.terms
     delay = 0.0
     tokens: float = uncached
-    if prefills := load.prefills:
+    if prefills:
         ahead = 0
         for remaining in prefills:
             if remaining <= uncached:
@@ -69,7 +69,7 @@ def added_seconds(
         done = (now - load.reported_s) / per_token
         if ahead > done:
             tokens += ahead - done
-    for remaining in load.pending:
+    for remaining in pending:
         if remaining <= uncached:
             tokens += remaining
         else:
@@ -77,13 +77,12 @@ def added_seconds(
     if num_pending and tokens < uncached + num_pending:
         tokens = uncached + num_pending
     seconds = per_token * tokens
-    least = load.step_s + load.per_prefill_token * tokens  # a step has its base, however small
+    least = step_s + per_prefill_token * tokens  # a step has its base, however small
     if seconds < least:
         seconds = least
-    wait = load.slot_wait_s
-    missing = num_new_blocks - load.room_blocks
-    if missing > 0 and load.blocks_per_s:
-        wait = max(wait, missing / load.blocks_per_s)
-    evicted = num_new_blocks - load.num_empty_blocks
-    eviction = evicted * eviction_tokens * per_token if evicted > 0 else 0.0
+    if num_new_blocks > room_blocks and load.blocks_per_s:
+        wait = max(wait, (num_new_blocks - room_blocks) / load.blocks_per_s)
+    eviction = 0.0
+    if num_new_blocks > num_empty_blocks:
+        eviction = (num_new_blocks - num_empty_blocks) * eviction_tokens * per_token
     return seconds + wait, delay, eviction

@@ -32,6 +32,7 @@ class ReplicaLoad:
 
     prefills: prompt tokens still to be computed of each request in the last report, made at `reported_s`; from then on
     they are taken to go on at the rate that is known. pending: of those that no report has shown yet.
+    terms: what a cost needs of all this, in one value.
     """
 
     __slots__ = (
@@ -47,7 +48,6 @@ class ReplicaLoad:
         "num_open",
         "num_tokens_routed",
         "pending",
-        "per_prefill_token",
         "prefills",
         "reported_s",
         "room_blocks",
@@ -55,6 +55,7 @@ class ReplicaLoad:
         "slot_wait_s",
         "step_s",
         "step_time",
+        "terms",
     )  # fmt: skip
 
     def __init__(self, now: float) -> None:
@@ -162,6 +163,15 @@ class ReplicaLoad:
             self.num_open = report.num_running + report.num_waiting + len(pending)
             excess = self.num_open + 1 - report.max_running_requests
             self.slot_wait_s = excess / report.finished_per_s if excess > 0 and report.finished_per_s > 0 else 0.0
-        self.per_prefill_token = time.per_prefill_token
         self.pending = pending
         self.backlog = sum(self.prefills) + sum(pending)
+        self.terms = (
+            self.seconds_per_token,
+            self.step_s,
+            time.per_prefill_token,
+            self.slot_wait_s,
+            self.room_blocks,
+            self.num_empty_blocks,
+            self.prefills,
+            pending,
+        )
