@@ -45,6 +45,8 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # or Serve asks again at once while all are full
         call = _call_of(pending_request)
         if call is None:
             return [candidate_replicas]
@@ -52,11 +54,11 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
         decision = self._routing.choose(call, by_key.keys())
         if decision is None:
             return [candidate_replicas]
-        ranked = [by_key.pop(one.target.key) for one in decision.ranked]
-        for one, replica in zip(decision.ranked[:MAX_SINGLE], ranked, strict=False):
-            self._warm_up(replica, one.target.load.num_open)
-        first = [[replica] for replica in ranked[:MAX_SINGLE]]
-        return [*first, [*ranked[MAX_SINGLE:], *by_key.values()]]
+        first = []
+        for target, _ in decision.ranked[:MAX_SINGLE]:
+            first.append([by_key.pop(target.key)])
+            self._warm_up(first[-1][0], target.load.num_open)
+        return [*first, list(by_key.values())]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         if (call := _call_of(pending_request)) is not None:

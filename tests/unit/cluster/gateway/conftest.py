@@ -76,7 +76,7 @@ class PlayedBackend:
         finally:
             self.num_closed += 1
 
-    async def predict(self, call: GenerateCall, ttft_objective_s: float | None = None) -> Prediction | None:
+    async def predict(self, call: GenerateCall) -> Prediction | None:
         return self.prediction
 
     def placement(self, call: GenerateCall) -> Placement | None:

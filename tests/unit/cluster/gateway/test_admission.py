@@ -72,7 +72,7 @@ class Replicas:
         self._random = random.Random(7)
         self._placements: dict[str, Placement] = {}
 
-    async def predict(self, call: GenerateCall, ttft_objective_s: float | None = None) -> Prediction | None:
+    async def predict(self, call: GenerateCall) -> Prediction | None:
         self.num_predicted += 1
         if self.prediction_error is not None:
             raise self.prediction_error

@@ -210,3 +210,9 @@ async def test_what_is_foreseen_is_of_the_best_replica_and_changes_nothing(rig: 
     assert seen.tpot_s == pytest.approx(0.002)
     assert seen.num_replicas == 2
     assert rig.routing.explain() == before
+
+
+async def test_serve_waits_between_tries_while_every_replica_is_full(rig: Rig) -> None:
+    pending = pending_of(call("c"))
+    await rig.router.choose_replicas(list(rig.router.curr_replicas.values()), pending)
+    assert pending.routing_context.should_backoff
