@@ -185,6 +185,10 @@ def _hours(result: SimulationResult) -> float:
     return sum(one.seconds for one in result.replicas) / 3600
 
 
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an hour, which only shows that the script works")
@@ -197,7 +201,6 @@ def main() -> None:
         if name not in KINDS:
             parser.error(f"there is no day {name!r}: use some of {', '.join(KINDS)}")
     day_s, steps = (3600.0, 2) if given.quick else (DAY_S, STEPS)
-    say = lambda text: print(text, flush=True)  # noqa: E731
     days = [measure(name, given.seed + n, day_s, steps, say) for n, name in enumerate(names)]
     for one in days:
         say(
