@@ -79,6 +79,7 @@ class PrefixIndex:
         self._bits: list[int] = []  # by slot number: the one object for "held by this slot alone"
         self._slots: dict[int, _Slot] = {}
         self._live = 0  # bits of open slots
+        self._predicting: set[int] = set()  # slots with blocks that are only predicted, and perhaps some without
         self._free: list[int] = []  # slot numbers that no entry mentions
         self._closed: list[int] = []  # to be swept out next
         self._sweeping: list[int] = []
@@ -113,6 +114,7 @@ class PrefixIndex:
         """
         state = self._slots.pop(slot)
         state.predictions.clear()
+        self._predicting.discard(slot)
         self._live ^= state.bit
         self._num_pairs -= state.num_pairs
         self._closed.append(slot)
@@ -167,6 +169,7 @@ class PrefixIndex:
             num_gone += 1
             if block_hash in predicted:
                 only_predicted.add(block_hash)
+                self._predicting.add(slot)
             else:
                 self._put(block_hash, mask ^ bit)
                 if mask == bit and self._on_gone is not None:
@@ -190,6 +193,7 @@ class PrefixIndex:
                 state.only_predicted.add(block_hash)
         prediction = Prediction(state, tuple(block_hashes))
         state.predictions.add(prediction)
+        self._predicting.add(slot)
         return prediction
 
     def settle(self, prediction: Prediction) -> None:
@@ -245,9 +249,11 @@ class PrefixIndex:
     def pending(self, block_hashes: Sequence[BlockHash], matched: Mapping[int, int]) -> dict[int, int]:
         """Slot -> how many of the blocks that `match` has found are only predicted, where there are any."""
         pending = {}
-        for slot, num_blocks in matched.items():
-            only_predicted = self._slots[slot].only_predicted
-            if not only_predicted or block_hashes[num_blocks - 1] not in only_predicted:
+        for slot in tuple(self._predicting):
+            only_predicted, num_blocks = self._slots[slot].only_predicted, matched.get(slot, 0)
+            if not only_predicted:
+                self._predicting.remove(slot)
+            if not num_blocks or block_hashes[num_blocks - 1] not in only_predicted:
                 continue
             low, high = 0, num_blocks - 1
             while low < high:

@@ -46,6 +46,9 @@ class Replica:
         known = self.held.union(*(prediction.block_hashes for prediction in self.predictions))
         return next((i for i, block_hash in enumerate(hashes) if block_hash not in known), len(hashes))
 
+    def num_held(self, hashes: Sequence[BlockHash]) -> int:
+        return next((i for i, block_hash in enumerate(hashes) if block_hash not in self.held), len(hashes))
+
 
 class IndexAndTruth(RuleBasedStateMachine):
     slots = Bundle("slots")
@@ -126,6 +129,9 @@ class IndexAndTruth(RuleBasedStateMachine):
             hashes = chain(path)
             depths = {slot: replica.depth(hashes) for slot, replica in self.replicas.items()}
             assert self.index.match(hashes) == {slot: depth for slot, depth in depths.items() if depth}
+            held = {slot: replica.num_held(hashes) for slot, replica in self.replicas.items()}
+            expected = {slot: depth - held[slot] for slot, depth in depths.items() if depth > held[slot]}
+            assert self.index.pending(hashes, self.index.match(hashes)) == expected
 
     @invariant()
     def pairs_are_counted(self) -> None:
