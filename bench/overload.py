@@ -58,7 +58,7 @@ class Load(NamedTuple):
 @contextlib.contextmanager
 def server(threads: int, load: Load) -> Iterator[tuple[int, int]]:
     """`shoal serve` in a session of its own: its port and that session."""
-    port = serving._free_port()
+    port = serving.free_port()
     model = {
         "model": EMBEDDED_MODEL,
         "engine": {"dtype": "bfloat16", "num_threads": threads, "kv_memory": KV_BYTES},
@@ -75,7 +75,7 @@ def server(threads: int, load: Load) -> Iterator[tuple[int, int]]:
                 start_new_session=True,
             )
             try:
-                serving._wait_until_ready(port, process, log.fileno())
+                serving.wait_until_ready(port, process, log.fileno())
                 yield port, process.pid
             finally:
                 os.killpg(process.pid, signal.SIGINT)
@@ -158,7 +158,7 @@ def measure(port: int, session: int, rate: float, seconds: float, load: Load, se
 
 
 def percentile(values: Sequence[float], percent: int) -> float | None:
-    return serving._percentile(values, percent) if values else None
+    return serving.percentile(values, percent) if values else None
 
 
 def shown(seconds: float | None) -> str:

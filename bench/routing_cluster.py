@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import machine
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from serving import HOST, STOP_TIMEOUT_S, ServerError, _free_port, _wait_until_ready
+from serving import HOST, STOP_TIMEOUT_S, ServerError, free_port, wait_until_ready
 
 from shoal.cluster import metrics
 from shoal.cluster.config import EMBEDDED_MODEL
@@ -51,7 +51,6 @@ BLOCK_SIZE = 16
 BLOCK_BYTES = BLOCK_SIZE * 30 * 2 * 3 * 64 * 2  # of SmolLM2-135M in bfloat16: layers, K and V, heads, their size
 TOKENS = range(100, 48_000)
 WARM_S = 10.0  # of simulated time for a request of a warm-up
-PROBE_BLOCKS = 10  # of a prompt that nobody else has
 OPEN_LOAD = 0.7  # of what round robin serves in a closed loop
 
 
@@ -112,7 +111,7 @@ class Answer(NamedTuple):
 @contextlib.contextmanager
 def server(load: Load, folder: Path) -> Iterator[tuple[int, float]]:
     """`shoal serve` with a model for each policy: its port, and the seconds from the command to "ready"."""
-    port = _free_port()
+    port = free_port()
     models = [
         {
             "name": policy,
@@ -132,7 +131,7 @@ def server(load: Load, folder: Path) -> Iterator[tuple[int, float]]:
             [sys.executable, "-m", "shoal.cluster.cli", "serve", str(config)], stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            _wait_until_ready(port, process, log.fileno())
+            wait_until_ready(port, process, log.fileno())
             yield port, time.perf_counter() - start
         finally:
             process.send_signal(signal.SIGINT)

@@ -49,7 +49,7 @@ class ServerError(RuntimeError):
 @contextlib.contextmanager
 def server(threads: int) -> Iterator[tuple[int, float]]:
     """`shoal serve` as a process of its own: its port, and the seconds from the command to "ready"."""
-    port = _free_port()
+    port = free_port()
     arguments = [
         "--port",
         str(port),
@@ -66,14 +66,14 @@ def server(threads: int) -> Iterator[tuple[int, float]]:
             [sys.executable, "-m", "shoal.cluster.cli", "serve", *arguments], stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            _wait_until_ready(port, process, log.fileno())
+            wait_until_ready(port, process, log.fileno())
             yield port, time.perf_counter() - start
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
 
 
-def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> None:
+def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     path = Path(f"/proc/self/fd/{log}")
     while "ready after" not in path.read_text():
@@ -82,7 +82,7 @@ def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> 
         time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -166,12 +166,12 @@ def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, An
         "http_tokens_per_s": num_tokens / statistics.median(http_seconds),
         "ratio": statistics.median(offline_seconds) / statistics.median(http_seconds),
         "ttft_p50_s": statistics.median(first),
-        "ttft_p99_s": _percentile(first, 99),
+        "ttft_p99_s": percentile(first, 99),
         "time_per_token_p50_s": statistics.median((a.last_s - a.first_s) / (a.num_tokens - 1) for a in answers),
     }
 
 
-def _percentile(values: Sequence[float], percent: int) -> float:
+def percentile(values: Sequence[float], percent: int) -> float:
     """The nearest rank."""
     ordered = sorted(values)
     return ordered[-(-len(ordered) * percent // 100) - 1]

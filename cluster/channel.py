@@ -150,7 +150,6 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     replica: str
     num_uncached: int
-    num_prompt: int
     block_hashes: tuple[bytes, ...]
 
 

@@ -41,6 +41,19 @@ class EngineLoad:
     step_time: StepTime | None
     finished_per_s: float
 
+    def decode_s(self, time: StepTime) -> float:
+        """Seconds of a step beside the prompt tokens in it."""
+        return time.seconds(0, self.num_decoding, self.num_context_tokens)
+
+    def prompt_token_s(self, time: StepTime) -> float:
+        """Seconds for each prompt token while so many requests decode, whose part of every step prompts share."""
+        return time.per_prefill_token + self.decode_s(time) / max(1, self.max_step_tokens - self.num_decoding)
+
+    def slot_wait_s(self, num_more: int = 0) -> float:
+        """Until one of max_running_requests is free for a request that comes behind `num_more`; 0.0 if unknown."""
+        excess = self.num_running + self.num_waiting + num_more + 1 - self.max_running_requests
+        return max(0, excess) / self.finished_per_s if self.finished_per_s > 0 else 0.0
+
 
 class RateMeter:
     """Growth of a counter per second, older growth fading exponentially over `memory_s`."""

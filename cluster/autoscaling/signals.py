@@ -41,10 +41,9 @@ class ReplicaSignals:
     @classmethod
     def of(cls, load: EngineLoad, prompts: PromptCounter) -> ReplicaSignals:
         backlog = sum(tokens for _, tokens in load.prefills) + load.more_prefill_tokens
-        rate = prefill_rate(load)
+        token_s = load.prompt_token_s(load.step_time) if load.step_time is not None else 0.0
+        rate = 1.0 / token_s if token_s > 0 else 0.0
         mean = prompts.uncached_tokens_total / prompts.prompts_total if prompts.prompts_total else 0.0
-        excess = load.num_running + load.num_waiting + 1 - load.max_running_requests
-        slot_wait_s = max(0, excess) / load.finished_per_s if load.finished_per_s > 0 else 0.0
         return cls(
             prefill_backlog_tokens=backlog,
             prefill_tokens_per_s=rate,
@@ -55,7 +54,7 @@ class ReplicaSignals:
             slot_usage=load.num_running / load.max_running_requests,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
-            predicted_ttft_s=slot_wait_s + ((backlog + mean) / rate if rate else 0.0),
+            predicted_ttft_s=load.slot_wait_s() + ((backlog + mean) / rate if rate else 0.0),
         )
 
     @classmethod
@@ -71,14 +70,3 @@ class ReplicaSignals:
     def arrived_tokens(self) -> float:
         """Uncached prompt tokens that have come so far."""
         return self.uncached_tokens_total + self.prefill_backlog_tokens
-
-
-def prefill_rate(load: EngineLoad) -> float:
-    """Prompt tokens a second, while it decodes what it decodes now; 0 if the step time is not known yet."""
-    time = load.step_time
-    if time is None:
-        return 0.0
-    share = max(1, load.max_step_tokens - load.num_decoding)  # of a step, for prompts
-    decode_s = time.seconds(0, load.num_decoding, load.num_context_tokens)
-    seconds = time.per_prefill_token + decode_s / share
-    return 1.0 / seconds if seconds > 0 else 0.0

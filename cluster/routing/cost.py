@@ -66,9 +66,9 @@ def added_seconds(
                 ahead += remaining
             else:
                 delay += per_token * uncached
-        done = (now - load.reported_s) / per_token
-        if ahead > done:
-            tokens += ahead - done
+        elapsed_s = now - load.reported_s
+        if ahead * per_token > elapsed_s:
+            tokens += ahead - elapsed_s / per_token
     for remaining in pending:
         if remaining <= uncached:
             tokens += remaining

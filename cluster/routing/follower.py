@@ -27,7 +27,7 @@ IDLE_S: Final = 2.5
 # A replay that has not ended by then is asked for again. The pause between two doubles while they are in vain.
 REPLAY_TIMEOUT_S: Final = 5.0
 REPLAY_PAUSE_S: Final = 0.1
-# A slot that was full has missed removals and starts over, but not all the time: max_pairs may be the reason.
+# A slot that was full has missed removals and starts over, but not all the time.
 REBASE_PAUSE_S: Final = 30.0
 _MAX_PENDING: Final = 10_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Final
 
@@ -22,7 +21,6 @@ class Reservation:
 
     request_id: str
     num_uncached: int  # prompt tokens that it will compute there
-    num_prompt: int
     expires_s: float
     is_reported: bool = False  # a report has shown it: from then on reports tell how far it is
 
@@ -42,8 +40,6 @@ class ReplicaLoad:
         "backlog",
         "blocks_per_s",
         "is_known",
-        "max_step_tokens",
-        "num_decoding",
         "num_empty_blocks",
         "num_open",
         "num_tokens_routed",
@@ -56,7 +52,7 @@ class ReplicaLoad:
         "step_s",
         "step_time",
         "terms",
-    )  # fmt: skip
+    )
 
     def __init__(self, now: float) -> None:
         self._report: EngineLoad | None = None
@@ -119,25 +115,14 @@ class ReplicaLoad:
         if self._reservations.pop(request_id, None) is not None:
             self._renew()
 
-    def expire(self, now: float) -> None:
-        """Drop reservations whose calls have not shown up in time."""
-        late = [r.request_id for r in self._reservations.values() if not r.is_reported and r.expires_s <= now]
-        for request_id in late:
-            self.settle(request_id)
-
-    @property
-    def reserved_ids(self) -> Iterable[str]:
-        return self._reservations.keys()
-
     def _renew(self) -> None:
         report, time, reserved = self._report, self.step_time, self._reservations
         pending = [r.num_uncached for r in reserved.values() if not r.is_reported]
         if report is None:
             self.prefills = []
-            self.num_decoding = self.num_empty_blocks = 0
+            self.num_empty_blocks = 0
             self.room_blocks = 2**31
             self.blocks_per_s = 0.0
-            self.max_step_tokens = 2**31
             self.step_s = time.base
             self.seconds_per_token = time.per_prefill_token
             self.slot_wait_s = 0.0
@@ -150,19 +135,15 @@ class ReplicaLoad:
             ]
             if report.more_prefill_tokens:
                 self.prefills.append(report.more_prefill_tokens)
-            self.num_decoding = report.num_decoding
             self.num_empty_blocks = report.num_empty_blocks
             held = report.num_blocks - report.num_free_blocks
             self.blocks_per_s = report.finished_per_s * held / max(1, report.num_running)  # that are given back
             waiting = report.num_waiting_tokens + sum(pending)
             self.room_blocks = report.num_free_blocks - waiting // report.block_size
-            self.max_step_tokens = report.max_step_tokens
-            self.step_s = time.seconds(0, report.num_decoding, report.num_context_tokens)
-            share = max(1, report.max_step_tokens - report.num_decoding)  # of a step, for prompts
-            self.seconds_per_token = time.per_prefill_token + self.step_s / share
+            self.step_s = report.decode_s(time)
+            self.seconds_per_token = report.prompt_token_s(time)
+            self.slot_wait_s = report.slot_wait_s(len(pending))
             self.num_open = report.num_running + report.num_waiting + len(pending)
-            excess = self.num_open + 1 - report.max_running_requests
-            self.slot_wait_s = excess / report.finished_per_s if excess > 0 and report.finished_per_s > 0 else 0.0
         self.pending = pending
         self.backlog = sum(self.prefills) + sum(pending)
         self.terms = (

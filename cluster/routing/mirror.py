@@ -78,7 +78,7 @@ class MirroredReservations:
         target = self._router.target(message.replica)
         if target is None:
             return
-        reservation = Reservation(message.request_id, message.num_uncached, message.num_prompt, self._clock() + LEASE_S)
+        reservation = Reservation(message.request_id, message.num_uncached, self._clock() + LEASE_S)
         target.load.reserve(reservation)
         hashes = [BlockHash(block_hash) for block_hash in message.block_hashes]
         prediction = self._router.index.predict(target.slot, hashes)
@@ -147,13 +147,15 @@ class Mirror:
             try:
                 message = self._outbox.get(timeout=max(0.0, next_period_s - time.monotonic()))
             except Empty:
+                pass
+            else:
+                if message is None:
+                    break
+                self._note(message)
+                self._send(message)
+            if time.monotonic() >= next_period_s:
                 self._pass_period()
                 next_period_s = time.monotonic() + HOLD_PERIOD_S
-                continue
-            if message is None:
-                break
-            self._note(message)
-            self._send(message)
         for socket in self._peers.values():
             socket.close()
         self._context.term()

@@ -29,7 +29,7 @@ from shoal.cluster.metrics import (
 from shoal.cluster.routing.cost import Estimate
 from shoal.cluster.routing.load import Reservation
 from shoal.cluster.routing.mirror import Mirror, MirroredReservations
-from shoal.cluster.routing.policies import RoutedRequest, Target, estimate_for, make_policy
+from shoal.cluster.routing.policies import PrefixAware, RoutedRequest, Target, make_policy
 from shoal.cluster.routing.router import Decision, Routed, Router
 from shoal.cluster.routing.subscriber import EndpointsError, EventSubscriber
 from shoal.engine.request import BlockHash
@@ -186,10 +186,9 @@ class ModelRouting:
             if not known:
                 return None
             matched, now = router.match(request), self._clock()
-            best, load = min(
-                ((estimate_for(request, target, matched, now), target.load) for target in known),
-                key=lambda pair: pair[0].cost_s,
-            )
+            target, best = PrefixAware().rank(request, known, matched, now)[0]
+            assert best is not None
+            load = target.load
             time_, report = load.step_time, load.report
             return Foresight(
                 ttft_s=best.ttft_s,
@@ -316,7 +315,6 @@ class ModelRouting:
                     reservation.request_id,
                     key,
                     reservation.num_uncached,
-                    reservation.num_prompt,
                     tuple(block_hashes),
                 )
             )

@@ -65,15 +65,12 @@ class Prediction:
 class PrefixIndex:
     """Leading blocks of a prompt that each replica holds, or will hold once what was routed to it is computed.
 
-    max_pairs: most (block, slot) pairs to keep, None for no limit but the slots' own. `on_gone` is called with a block
-    that was removed from the only slot that had it. Memory: at most 200 bytes a pair
-    (bench/routing.py measures it).
+    `on_gone` is called with a block that was removed from the only slot that had it. A slot's capacity bounds what it
+    takes: at most 200 bytes a pair of block and slot (bench/routing.py measures it).
     """
 
-    def __init__(self, *, max_pairs: int | None = None, on_gone: Callable[[BlockHash], None] | None = None) -> None:
-        self._max_pairs = max_pairs
+    def __init__(self, *, on_gone: Callable[[BlockHash], None] | None = None) -> None:
         self._on_gone = on_gone
-        self._num_pairs = 0
         self._masks: dict[BlockHash, int] = {}
         self._unswept: dict[BlockHash, int] = {}  # while closed slots are swept out: entries still to be moved over
         self._bits: list[int] = []  # by slot number: the one object for "held by this slot alone"
@@ -88,11 +85,6 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Blocks that are known; those of closed slots count until they are swept out."""
         return len(self._masks) + len(self._unswept)
-
-    @property
-    def total_pairs(self) -> int:
-        """(block, slot) pairs stored, over all open slots."""
-        return self._num_pairs
 
     # -- slots -------------------------------------------------------------------------------------------------
 
@@ -116,7 +108,6 @@ class PrefixIndex:
         state.predictions.clear()
         self._predicting.discard(slot)
         self._live ^= state.bit
-        self._num_pairs -= state.num_pairs
         self._closed.append(slot)
         self._sweep()
 
@@ -126,18 +117,18 @@ class PrefixIndex:
 
     def is_over(self, slot: int) -> bool:
         """Whether more was stored than there was room for, so that the entry of some block is missing: either removals
-        were not heard of, or max_pairs is too small.
+        were not heard of.
         """
         return self._slots[slot].is_over
 
     # -- what replicas hold ------------------------------------------------------------------------------------
 
     def store(self, slot: int, block_hashes: Collection[BlockHash]) -> None:
-        """The replica holds these blocks. Those that exceed the slot's capacity or max_pairs are left out."""
+        """The replica holds these blocks. Those that exceed the slot's capacity are left out."""
         state = self._slots[slot]
         bit, only_predicted = state.bit, state.only_predicted
         masks = self._pull(block_hashes)
-        room = self._room(state)
+        room = state.capacity - state.num_pairs if state.capacity is not None else None
         num_new = 0
         for block_hash in block_hashes:
             mask = masks.get(block_hash, 0)
@@ -153,7 +144,6 @@ class PrefixIndex:
             else:
                 only_predicted.discard(block_hash)
         state.num_pairs += num_new
-        self._num_pairs += num_new
         self._sweep()
 
     def remove(self, slot: int, block_hashes: Collection[BlockHash]) -> None:
@@ -175,7 +165,6 @@ class PrefixIndex:
                 if mask == bit and self._on_gone is not None:
                     self._on_gone(block_hash)
         state.num_pairs -= num_gone
-        self._num_pairs -= num_gone
         self._sweep()
 
     # -- what is to come ---------------------------------------------------------------------------------------
@@ -295,13 +284,6 @@ class PrefixIndex:
             else:
                 high = middle
         return low
-
-    def _room(self, state: _Slot) -> int | None:
-        """Blocks that may be added, None for any number."""
-        limits = [state.capacity - state.num_pairs] if state.capacity is not None else []
-        if self._max_pairs is not None:
-            limits.append(self._max_pairs - self._num_pairs)
-        return min(limits, default=None)
 
     def _sweep(self) -> None:
         """Move some entries over to a new dict without the bits of closed slots. A dict never shrinks, so this is also

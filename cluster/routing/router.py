@@ -81,7 +81,6 @@ class Router:
         self._typical_time: StepTime | None = None  # the median of all replicas
         self._typical_s = 0.0  # when it was computed
         self.decision_seconds_total = 0.0
-        self.decisions_total = 0
 
     # -- replicas ----------------------------------------------------------------------------------------------
 
@@ -170,7 +169,7 @@ class Router:
         )
 
     def decide(self, request: RoutedRequest, keys: Collection[str] | None = None) -> Decision | None:
-        """Rank the replicas, of those in `keys` if given; None if there are none. Changes nothing but turns."""
+        """Rank the replicas, of those in `keys` if given; None if there are none."""
         start = time.perf_counter()
         with self.lock:
             now = self._clock()
@@ -188,7 +187,6 @@ class Router:
             deepest = max(matched.values(), default=0)
             decision = Decision(request, now, ranked, best, first.target.load.is_known, deepest)
             self.decision_seconds_total += time.perf_counter() - start
-            self.decisions_total += 1
             return decision
 
     def match(self, request: RoutedRequest) -> Matched:
@@ -197,12 +195,13 @@ class Router:
         return Matched(blocks, self.index.pending(request.block_hashes, blocks))
 
     def reserve(self, decision: Decision, key: str | None = None) -> None:
-        """The request goes to the replica `key`, by default the decision's best. Ends with `settle`."""
+        """The request goes to the decision's best replica, or, as it turned out, to `key`. Ends with `settle`."""
         request = decision.request
         with self.lock:
             target = self._targets.get(key) if key is not None else decision.target
-            self._decisions.append(decision)
-            self.reuse.missed(request.block_hashes[decision.num_cached_blocks :])
+            if key is None:
+                self._decisions.append(decision)
+                self.reuse.missed(request.block_hashes[decision.num_cached_blocks :])
             if target is None:
                 return
             self.settle(request.request_id)
@@ -211,9 +210,7 @@ class Router:
                 matched = self.match(request)
                 best = estimate_for(request, target, matched, decision.decided_s)
             self._targets[target.key] = self._targets.pop(target.key)
-            reservation = Reservation(
-                request.request_id, best.num_uncached, request.num_prompt, decision.decided_s + LEASE_S
-            )
+            reservation = Reservation(request.request_id, best.num_uncached, decision.decided_s + LEASE_S)
             target.load.reserve(reservation)
             prediction = self.index.predict(target.slot, request.block_hashes)
             self._routed[request.request_id] = Routed(request, target.key, best, prediction)

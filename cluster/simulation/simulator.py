@@ -77,7 +77,6 @@ class Simulation:
         self._now = 0.0
         self._router = Router(policy, clock=lambda: self._now)
         self._members: list[_Member] = []  # by number, those that are gone included
-        self._target = num_replicas
         self._open: dict[str, _Open] = {}
         self._waiting: list[TracedRequest] = []  # for the first replica
         self._served: list[Served] = []

@@ -77,10 +77,6 @@ class KVManager:
     def num_cached_blocks(self) -> int:
         return len(self._cache)
 
-    def cached_hashes(self) -> list[BlockHash]:
-        """All that can be found now, a block behind those that it is built on. O(cached blocks)."""
-        return self._cache.hashes()
-
     def take_events(self) -> list[KVEvent]:
         """What happened to the cache since the last call, in order; nothing unless `record_events`."""
         return self._events.take() if self._events is not None else []

@@ -53,9 +53,6 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._block_of)
 
-    def hashes(self) -> list[BlockHash]:
-        return list(self._block_of)
-
     def knows(self, block: BlockId) -> bool:
         """Whether this block is cached, or a twin."""
         return block in self._hash_of

@@ -337,7 +337,7 @@ async def test_what_another_gateway_says_comes_beside_the_tokens(rig: Rig) -> No
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     other = context.socket(zmq.PUSH)
     other.connect(rig.inbox.address)
-    messages = [Reserved("d", "r", "a", 32, 64, (b"1" * 16,)), Held("d", ("r", "s")), Settled("d", "r")]
+    messages = [Reserved("d", "r", "a", 32, (b"1" * 16,)), Held("d", ("r", "s")), Settled("d", "r")]
     for message in messages:
         other.send(encode_peer_message(message))
     assert await tokens_of(rig.backend, call("c")) == {"c-0": [1, 2, 3, 4, 5]}

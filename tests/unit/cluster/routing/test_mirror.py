@@ -40,11 +40,11 @@ def router_with_replicas(clock: Clock) -> Router:
 
 def reserved(router: Router) -> dict[str, set[str]]:
     targets = {key: router.target(key) for key in REPLICAS}
-    return {key: set(target.load.reserved_ids) for key, target in targets.items() if target is not None}
+    return {key: set(target.load._reservations) for key, target in targets.items() if target is not None}
 
 
 def reservation(name: str, replica: str = "a", num_blocks: int = 3) -> Reserved:
-    return Reserved("shoal/model", name, replica, 32, 64, HASHES[:num_blocks])
+    return Reserved("shoal/model", name, replica, 32, HASHES[:num_blocks])
 
 
 def test_a_mirrored_reservation_counts_as_work_and_as_cached_blocks_to_come() -> None:

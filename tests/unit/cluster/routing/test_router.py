@@ -225,12 +225,26 @@ def test_work_goes_on_between_reports() -> None:
     assert estimate(load, 2000, 0, 0, 0, 0.0, 0.5).ttft_s == pytest.approx(first - 0.5, rel=1e-6)
 
 
-def test_a_reservation_ends_with_its_lease_only_while_no_report_has_shown_it() -> None:
+def test_a_reservation_outlives_its_lease_once_a_report_has_shown_it() -> None:
     load = ReplicaLoad(0.0)
-    load.reserve(Reservation("first", 100, 100, expires_s=5.0))
-    load.apply(replace(IDLE, prefills=((RequestId("first"), 100),)), 1.0)
-    load.expire(6.0)
-    assert "first" in load.reserved_ids
+    load.reserve(Reservation("first", 100, expires_s=5.0))
+    for now in (1.0, 6.0):
+        load.apply(replace(IDLE, prefills=((RequestId("first"), 300),)), now)
+        assert load.backlog == 100, "what it will find cached by then is not computed"
+
+
+def test_a_call_that_another_replica_took_is_explained_once(router: Router) -> None:
+    decision = decide(router, range(300), "first")
+    router.reserve(decision)
+    router.reserve(decision, decision.ranked[-1].target.key)
+    assert len(router.explain()) == 1
+
+
+def test_a_machine_that_takes_no_time_costs_nothing() -> None:
+    load = ReplicaLoad(0.0)
+    load.apply(replace(busy(500), step_time=StepTime(0.0, 0.0, 0.0, 0.0)), 0.0)
+    load.measure(StepTime(0.0, 0.0, 0.0, 0.0), StepTime(0.0, 0.0, 0.0, 0.0))
+    assert estimate(load, 1000, 0, 0, 0, 0.0, 1.0).cost_s == 0.0
 
 
 def test_a_sibling_waits_for_the_prefix_that_is_still_computed(router: Router) -> None:

@@ -145,7 +145,7 @@ async def test_a_full_replica_is_passed_over_for_the_next_best(rig: Rig) -> None
     placed = rig.routing.placement(one)
     assert placed is not None
     assert placed[0] == "b"
-    assert {key: list(rig.routing.router.target(key).load.reserved_ids) for key in "ab"} == {  # type: ignore[union-attr]
+    assert {key: list(rig.routing.router.target(key).load._reservations) for key in "ab"} == {  # type: ignore[union-attr]
         "a": [], "b": ["c-0"]
     }  # fmt: skip
 
@@ -156,13 +156,13 @@ async def test_reservations_end_with_the_first_token_and_with_the_call(rig: Rig)
         rig.routing.open(one, rig.routing.describe(one))
         await rig.route(one)
         how(one)
-        assert [list(rig.routing.router.target(key).load.reserved_ids) for key in "ab"] == [[], []]  # type: ignore[union-attr]
+        assert [list(rig.routing.router.target(key).load._reservations) for key in "ab"] == [[], []]  # type: ignore[union-attr]
         rig.routing.close_call(one, None)
 
 
 async def test_a_call_that_is_gone_before_it_is_routed_reserves_nothing(rig: Rig) -> None:
     await rig.route(call("c"))
-    assert [list(rig.routing.router.target(key).load.reserved_ids) for key in "ab"] == [[], []]  # type: ignore[union-attr]
+    assert [list(rig.routing.router.target(key).load._reservations) for key in "ab"] == [[], []]  # type: ignore[union-attr]
 
 
 async def test_other_methods_and_unknown_requests_may_go_to_any_replica(rig: Rig) -> None:
@@ -185,7 +185,10 @@ async def test_a_replica_that_leaves_gets_nothing_and_is_forgotten(rig: Rig) -> 
     rig.router.update_replicas([rig.replicas["b"]])  # type: ignore[list-item]
     assert await rig.route(call("c", prompt)) == "b"
     assert rig.routing.keys == {"b"}
-    assert rig.routing.router.index.total_pairs == 0
+    assert rig.routing.router.keys == ("b",)
+    request = rig.routing.describe(call("again", prompt))
+    assert request is not None
+    assert not rig.routing.router.index.match(request.block_hashes)
 
 
 async def test_a_replica_that_died_is_left_out_at_once(rig: Rig) -> None:

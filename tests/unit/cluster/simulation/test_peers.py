@@ -46,7 +46,7 @@ def targets(num: int) -> list[Target]:
 
 def open_requests(target: Target, num: int, tokens: int = 1) -> None:
     for number in range(num):
-        target.load.reserve(Reservation(f"open-{number}", tokens, tokens, math.inf))
+        target.load.reserve(Reservation(f"open-{number}", tokens, math.inf))
 
 
 def chosen(
@@ -188,7 +188,7 @@ def test_lmetric_multiplies_new_tokens_by_requests() -> None:
     one = request("a", "b")  # 25 tokens: 25 x 1 there, 5 x 5 here
     open_requests(offered[0], 3)
     assert chosen(LMetric(), one, offered, {offered[0].slot: 2}) == "0"
-    offered[0].load.reserve(Reservation("more", 1, 1, math.inf))
+    offered[0].load.reserve(Reservation("more", 1, math.inf))
     assert chosen(LMetric(), one, offered, {offered[0].slot: 2}) == "1", "a tie goes to the one with fewer requests"
 
 

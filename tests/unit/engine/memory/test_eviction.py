@@ -87,7 +87,7 @@ def test_a_prefix_stays_until_what_is_built_on_it_is_gone_and_events_tell_all(se
         requests.kv.check()
         for event in requests.kv.take_events():
             follow(event, told)
-        cached = set(requests.kv.cached_hashes())
+        cached = set(requests.kv._cache._block_of)
         assert told == cached
         assert {requests.parents[block_hash] for block_hash in cached & requests.parents.keys()} <= cached
 
@@ -147,13 +147,19 @@ def test_empty_blocks_go_before_cached_ones() -> None:
     assert requests.kv.num_cached_blocks == 10
 
 
-def test_looking_changes_nothing() -> None:
-    requests = Requests(12)
-    requests.use(prompt(1, 4))
-    waiting = Request(RequestId("w"), prompt(1, 4), PARAMS, 0, 0.0)
-    before = requests.kv.cached_hashes(), requests.kv._pool.free_blocks()
-    assert requests.kv.refresh_cached(waiting) == 4 * BLOCK
-    assert (requests.kv.cached_hashes(), requests.kv._pool.free_blocks()) == before
+def test_the_prefix_of_a_waiting_request_outlasts_those_who_are_admitted_before_it() -> None:
+    lost = {}
+    for is_waiting in (False, True):
+        requests = Requests(12)
+        requests.use(prompt(1, 4))
+        requests.use(prompt(2, 4))
+        waiting = Request(RequestId("w"), prompt(1, 4), PARAMS, 0, 0.0)
+        if is_waiting:
+            assert requests.kv.refresh_cached(waiting) == 4 * BLOCK
+        requests.use(prompt(3, 4))
+        lost[is_waiting] = 4 * BLOCK - requests.kv.refresh_cached(waiting)
+    assert lost[False] > 0
+    assert lost[True] == 0
 
 
 def test_nothing_is_noted_unless_asked() -> None:
