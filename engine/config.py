@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Device = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["shortest_first", "fcfs", "priority"]
+SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES: Mapping[str, DTypeName] = {
@@ -26,6 +27,7 @@ DTYPE_ALIASES: Mapping[str, DTypeName] = {
 }  # fmt: skip
 
 DEFAULT_CPU_KV_BYTES = 2 * 2**30
+MAX_SPECULATIVE_TOKENS = 64
 
 
 class ConfigError(ValueError):
@@ -37,6 +39,70 @@ class ConfigError(ValueError):
     def __init__(self, message: str, *, field: str = "model") -> None:
         super().__init__(message)
         self.field = field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeOptions:
+    """Speculative decoding: where drafts come from, and how many there may be. It never changes what is generated.
+
+    method: "ngram" continues the last few tokens as they went on before in the same request; "suffix" looks at the
+        longest such match, and at what the replica has generated lately too; "draft_model" asks a smaller model.
+    num_speculative_tokens: drafts of one request in one step, at most.
+    prompt_lookup_min, prompt_lookup_max: "ngram" looks for the last so many tokens, the most first; "suffix" wants a
+        match of at least the first.
+    suffix_history_tokens: "suffix" remembers so many generated tokens of the replica, for each cache salt apart.
+    model: "draft_model": a checkpoint with the same vocabulary.
+    draft_tensor_parallel: "draft_model": ranks that share it, 1 or as many as share the model itself.
+    adaptive: draft as much as pays, judged by what was accepted and what steps cost; otherwise always as much as there
+        is.
+    """
+
+    method: SpeculativeMethod
+    num_speculative_tokens: int = 8
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 5
+    suffix_history_tokens: int = 65536
+    model: str | None = None
+    draft_tensor_parallel: int = 1
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if self.method not in get_args(SpeculativeMethod):
+            raise _speculative_error(f"method must be one of {', '.join(get_args(SpeculativeMethod))}", self.method)
+        if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise _speculative_error(
+                f"num_speculative_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}", self.num_speculative_tokens
+            )
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise _speculative_error(
+                "prompt_lookup_min must be at least 1 and at most prompt_lookup_max",
+                f"{self.prompt_lookup_min} and {self.prompt_lookup_max}",
+            )
+        if self.suffix_history_tokens < 0:
+            raise _speculative_error("suffix_history_tokens must be at least 0", self.suffix_history_tokens)
+        if self.draft_tensor_parallel < 1:
+            raise _speculative_error("draft_tensor_parallel must be at least 1", self.draft_tensor_parallel)
+        if (self.method == "draft_model") != (self.model is not None):
+            raise _speculative_error('method "draft_model" needs a model, and no other method takes one', self.model)
+
+    @classmethod
+    def of(cls, value: SpeculativeOptions | Mapping[str, Any] | str | None) -> SpeculativeOptions | None:
+        """From a method's name, or a mapping of the fields above. Raises ConfigError."""
+        if value is None or isinstance(value, SpeculativeOptions):
+            return value
+        given = {"method": value} if isinstance(value, str) else dict(value)
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise _speculative_error(f"it takes {', '.join(known)}", name)
+        if "method" not in given:
+            raise _speculative_error(f"method is missing: one of {', '.join(get_args(SpeculativeMethod))}", value)
+        return cls(**given)
+
+
+def _speculative_error(message: str, value: object) -> ConfigError:
+    return ConfigError(f"speculative: {message}, got {value!r}", field="speculative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +130,7 @@ class EngineOptions:
     async_scheduling: plan the next step while one runs; by default wherever the ranks do not share the coordinator's
         thread.
     num_threads: CPU threads of each rank.
+    speculative: speculative decoding; None is off.
     step_timeout_s: a step that takes longer means that a rank hangs, and the replica is given up.
     heartbeat_timeout_s: a rank that is silent for so long counts as dead.
     """
@@ -88,6 +155,7 @@ class EngineOptions:
     pipeline_parallel: int = 1
     stage_layers: tuple[int, ...] | None = None
     async_scheduling: bool | None = None
+    speculative: SpeculativeOptions | None = None
     step_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 10.0
 
@@ -153,6 +221,8 @@ class EngineConfig:
     async_scheduling: bool
     step_timeout_s: float
     heartbeat_timeout_s: float
+    speculative: SpeculativeOptions | None = None
+    draft_model: ModelConfig | None = None  # facts of speculative.model
 
     @property
     def dtype_bytes(self) -> int:
@@ -168,8 +238,13 @@ class EngineConfig:
         return self.pipeline_parallel + self.async_scheduling
 
 
-def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> EngineConfig:
-    """Decide every open setting. Pure. Raises ConfigError naming the field that cannot work."""
+def resolve(
+    options: EngineOptions, model: ModelConfig, machine: Machine, draft_model: ModelConfig | None = None
+) -> EngineConfig:
+    """Decide every open setting. Pure. Raises ConfigError naming the field that cannot work.
+
+    `draft_model`: the facts of options.speculative.model, where that is set.
+    """
     on_cpu = machine.device == "cpu"
     max_model_len = options.max_model_len
     if max_model_len is None:
@@ -239,6 +314,8 @@ def resolve(options: EngineOptions, model: ModelConfig, machine: Machine) -> Eng
         else options.async_scheduling,
         step_timeout_s=options.step_timeout_s,
         heartbeat_timeout_s=options.heartbeat_timeout_s,
+        speculative=options.speculative,
+        draft_model=draft_model,
     )
 
 

@@ -4,6 +4,10 @@ Requests travel in full once (`NewRequest`) and as deltas afterwards (`Continued
 and no decode phase: each entry says how many more of the known tokens get their KV in this step. A token is sampled
 for every request whose computed tokens reach its known tokens at the end of the step.
 
+Speculative decoding adds guesses behind the known tokens, `draft_ids`: they are computed as if they were known, and a
+token is sampled after each. The result has those sampled tokens up to and including the first that is not what was
+guessed; the KV of guesses from there on is written over by later steps.
+
 Standard library only, plain data only: a plan must cross a process border as it is.
 """
 
@@ -27,6 +31,7 @@ class NewRequest(NamedTuple):
     params: SamplingParams
     seed: int
     stream: int
+    num_to_draft: int = 0  # tokens that the ranks' draft model shall guess to follow the one sampled in this step
 
 
 class ContinuedRequest(NamedTuple):
@@ -40,6 +45,9 @@ class ContinuedRequest(NamedTuple):
     # 1: behind `new_token_ids` comes the token that the ranks sampled for it in its last step; it is still on its way
     # to the coordinator, so the ranks take it from their own memory. Otherwise 0.
     num_pending: int = 0
+    # Guesses behind the last known token: `num_new` is one more than they are. There is nothing pending then.
+    draft_ids: tuple[int, ...] = ()
+    num_to_draft: int = 0  # as in NewRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +73,4 @@ class StepResult:
     step: int
     token_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)
     logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    draft_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)  # of the draft model, where asked

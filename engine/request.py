@@ -140,6 +140,29 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What became of speculative drafts. accepted_at[i] counts the steps that accepted at least i + 1 drafts."""
+
+    num_steps: int = 0  # in which a request had drafts
+    num_drafted: int = 0  # tokens that were guessed and verified
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_at)
+
+    def plus(self, num_drafted: int, num_accepted: int) -> DraftCounts:
+        """With one more step of one request."""
+        accepted_at = list(self.accepted_at) + [0] * (num_drafted - len(self.accepted_at))
+        for i in range(num_accepted):
+            accepted_at[i] += 1
+        return DraftCounts(self.num_steps + 1, self.num_drafted + num_drafted, tuple(accepted_at))
+
+
+NO_DRAFTS = DraftCounts()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestTimes:
     """When a finished request passed each point (time.monotonic() seconds of its replica), and what it used."""
 
@@ -152,6 +175,7 @@ class RequestTimes:
     num_cached_tokens: int
     num_preemptions: int
     max_tokens: int | None
+    drafts: DraftCounts = NO_DRAFTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +195,7 @@ class EngineStats:
     generation_tokens_total: int = 0
     preemptions_total: int = 0
     requests_finished_total: int = 0
+    drafts: DraftCounts = NO_DRAFTS
 
     @property
     def kv_usage(self) -> float:
@@ -222,6 +247,7 @@ class Request:
     end_ids: frozenset[int] = frozenset()  # tokens that end it, once min_tokens are there
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    drafts: DraftCounts = NO_DRAFTS
     admitted_s: float | None = None
     first_token_s: float | None = None
     finish_reason: FinishReason | None = None
