@@ -22,7 +22,7 @@ import msgspec
 
 from shoal.engine.executor import RankInfo
 from shoal.engine.load import EngineLoad
-from shoal.engine.request import Request, RequestError, RequestId, RequestOutput, SamplingParams
+from shoal.engine.request import Request, RequestError, RequestId, RequestOutput, SamplingParams, requests_of
 
 # A message that would have to wait behind this many is dropped: its gateway has stopped reading.
 MAX_QUEUED_MESSAGES: Final = 100_000
@@ -33,7 +33,7 @@ SILENCE_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """One user call on its way to a replica: a prompt and `params.n` samples of it. Its seed is decided."""
+    """One user call on its way to a replica: a prompt, and what is generated of it. Its seed is decided."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -44,30 +44,21 @@ class GenerateCall:
 
     @property
     def sample_ids(self) -> tuple[RequestId, ...]:
-        """The engine's request id of each sample."""
-        return tuple(RequestId(f"{self.request_id}-{i}") for i in range(self.params.n))
+        """What each sample goes by in the engine."""
+        return tuple(RequestId(f"{self.request_id}-{i}") for i in range(self.params.num_samples))
 
     def requests(self, arrival_s: float) -> list[Request]:
-        """One engine request per sample; the later ones share the first one's prompt blocks.
-
-        `arrival_s` is time.monotonic() of the replica.
-        """
+        """What the engine is given for it. `arrival_s` is time.monotonic() of the replica."""
         assert self.params.seed is not None, f"the gateway decides the seed of {self.request_id}"
-        ids = self.sample_ids
-        return [
-            Request(
-                request_id=sample_id,
-                prompt_ids=self.prompt_ids,
-                params=self.params,
-                seed=self.params.seed,
-                arrival_s=arrival_s,
-                priority=self.priority,
-                stream=i,
-                cache_salt=self.cache_salt,
-                fork_of=ids[0] if i else None,
-            )
-            for i, sample_id in enumerate(ids)
-        ]
+        return requests_of(
+            self.sample_ids,
+            self.prompt_ids,
+            self.params,
+            seed=self.params.seed,
+            arrival_s=arrival_s,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ _SERVE_EXAMPLES = f"""examples:
   shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
   shoal serve model.Q4_1.gguf --dtype float32  a GGUF file
   shoal serve ~/models/Qwen3-32B --tensor-parallel 2 --pipeline-parallel 2     over four ranks
+  shoal serve model.gguf --speculative suffix  the same answers, sooner where text repeats itself
+  shoal serve ~/models/Qwen3-32B --speculative method=draft_model,model=$HOME/models/Qwen3-0.6B
   shoal serve cluster.yaml                     several models, replicas, everything
 
 a configuration file:
@@ -30,6 +32,7 @@ a configuration file:
       tensor_parallel: 1                      # ranks that share every layer, on one node
       pipeline_parallel: 2                    # stages, each with a share of the layers
       nodes: {{stages: strict_spread}}          # each stage on a node of its own; labels: {{...}} chooses nodes
+      speculative: suffix                     # or ngram, or {{method: draft_model, model: draft.gguf}}
       engine: {{dtype: bfloat16, max_model_len: 4096, kv_memory: 2GiB, num_threads: 4, step_timeout: 60}}
   http: {{host: 0.0.0.0, port: 8000}}
   gateways: 1
@@ -151,9 +154,15 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model.add_argument("--stages", metavar="HOW", help="over nodes: pack, spread or strict_spread (default: pack)")
     model.add_argument(
         "--node-labels",
-        type=_labels,
+        type=_pairs,
         metavar="KEY=VALUE,...",
         help="Ray labels of the nodes that it may take",
+    )
+    model.add_argument(
+        "--speculative",
+        type=_method,
+        metavar="METHOD|KEY=VALUE,...",
+        help="ngram or suffix, or settings such as method=draft_model,model=PATH (default: off)",
     )
     model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
     model.add_argument("--device", help="auto, cpu or cuda (default: auto)")
@@ -181,11 +190,16 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--json", action="store_true", help="for programs, with every shape")
 
 
-def _labels(text: str) -> dict[str, str]:
+def _pairs(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(key and equals and value for key, equals, value in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of labels: write KEY=VALUE, or KEY=VALUE,KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} holds no such pairs: write KEY=VALUE, or KEY=VALUE,KEY=VALUE")
     return {key: value for key, _, value in pairs}
+
+
+def _method(text: str) -> str | dict[str, str]:
+    """A method's name, or settings."""
+    return _pairs(text) if "=" in text else text
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -277,6 +291,7 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
             "models.0.pipeline_parallel": args.pipeline_parallel,
             "models.0.nodes.stages": args.stages,
             "models.0.nodes.labels": args.node_labels,
+            "models.0.speculative": args.speculative,
             "models.0.engine.dtype": args.dtype,
             "models.0.engine.device": args.device,
             "models.0.engine.max_model_len": args.max_model_len,

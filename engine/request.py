@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType
+from typing import Literal, NamedTuple, NewType
 
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
@@ -15,6 +15,7 @@ BlockHash = NewType("BlockHash", bytes)
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 MAX_STOPS = 16
 MAX_N = 64
+MAX_BEAMS = 10  # so that MAX_LOGPROBS tokens of each beam hold all that can go on or end
 
 
 class RequestError(ValueError):
@@ -33,6 +34,21 @@ class FinishReason(enum.Enum):
     ERROR = "error"  # the replica failed
 
 
+# What changes the probabilities or the text that beam search looks for, with the values that do not.
+_NEUTRAL_FOR_BEAMS: Mapping[str, tuple[object, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": ({},),
+    "stop": ((),),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a generation ends. Field meanings follow OpenAI's and vLLM's APIs.
@@ -42,11 +58,21 @@ class SamplingParams:
     presence and frequency penalties look at the output only. logprobs: how many alternatives to report beside the
     sampled token; None reports nothing. Log-probabilities are of the model's own distribution, before penalties,
     bias, temperature and truncation. seed None: drawn when the request enters.
+
+    best_of: samples that are generated, of which the `n` with the highest mean log-probability per token are answered,
+    best first. use_beam_search: the `n` best of `best_of` beams instead, as transformers' `generate` finds them with
+    num_beams=best_of. Either answers at its end only. Hypotheses are ranked by log-probability / tokens **
+    length_penalty. early_stopping: True ends the search with the first `best_of` hypotheses, False where no beam would
+    be among the best `best_of` if it ended now, "never" where none can get there.
     """
 
     max_tokens: int | None = 16
     min_tokens: int = 0
     n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -74,6 +100,7 @@ class SamplingParams:
         bounds: tuple[tuple[str, float, float], ...] = (
             ("min_tokens", 0, math.inf),
             ("n", 1, MAX_N),
+            ("length_penalty", -10.0, 10.0),
             ("temperature", 0.0, 100.0),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
@@ -110,6 +137,30 @@ class SamplingParams:
                     f"logit_bias must be between -100 and 100, got {bias} for token {token}",
                     param="logit_bias",
                 )
+        if self.best_of is not None and not self.n <= self.best_of <= MAX_N:
+            raise RequestError(
+                f"best_of must be at least n, which is {self.n}, and at most {MAX_N}, got {self.best_of}",
+                param="best_of",
+            )
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f'early_stopping must be false, true or "never", got {self.early_stopping!r}', param="early_stopping"
+            )
+        if self.use_beam_search:
+            self._check_beams()
+        elif self.length_penalty != 1.0 or self.early_stopping is not False:
+            name = "length_penalty" if self.length_penalty != 1.0 else "early_stopping"
+            raise RequestError(f"{name} is for beam search: set use_beam_search, or leave it out", param=name)
+
+    def _check_beams(self) -> None:
+        if self.width > MAX_BEAMS:
+            name = self.width_field
+            raise RequestError(f"{name} is {self.width}; beam search has at most {MAX_BEAMS} beams", param=name)
+        for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+            if getattr(self, name) not in neutral:
+                raise RequestError(
+                    f"beam search looks for what the model itself finds most likely: leave {name} out", param=name
+                )
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise RequestError if a token id lies outside the vocabulary."""
@@ -121,8 +172,40 @@ class SamplingParams:
                     )
 
     @property
+    def width(self) -> int:
+        """Samples or beams from which the n that are answered are chosen."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def width_field(self) -> str:
+        return "n" if self.best_of is None else "best_of"
+
+    @property
+    def num_samples(self) -> int:
+        """Generations that the engine gives for a prompt: it chooses among beams, but not among samples, whose text may
+        end earlier than their tokens.
+        """
+        return self.n if self.use_beam_search else self.width
+
+    @property
+    def chooses_samples(self) -> bool:
+        """Whether fewer samples are answered than are generated (`best_samples`)."""
+        return self.width > self.n and not self.use_beam_search
+
+    @property
+    def num_reported(self) -> int | None:
+        """Alternatives that the ranks report beside each token, None for no report: what `logprobs` asks for, or what
+        it takes to choose.
+        """
+        if self.use_beam_search:
+            return MAX_LOGPROBS
+        if self.best_of is None or self.best_of == self.n:
+            return self.logprobs
+        return self.logprobs or 0
+
+    @property
     def is_greedy(self) -> bool:
-        return self.temperature < 1e-5
+        return self.temperature < 1e-5 or self.use_beam_search
 
     @property
     def has_penalties(self) -> bool:
@@ -137,6 +220,16 @@ class TokenLogprobs:
     rank: int  # 1 is the most likely token
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+
+
+def best_samples(logprobs: Sequence[Sequence[float]], n: int) -> list[int]:
+    """Which n of some samples have the highest mean log-probability per token, best first, the first of equal ones.
+
+    logprobs[i] are those of the tokens of sample i that count. By the mean, as OpenAI defines best_of, because by the
+    sum the shortest would win.
+    """
+    means = [math.fsum(sample) / max(len(sample), 1) for sample in logprobs]
+    return sorted(range(len(means)), key=lambda index: -means[index])[:n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +297,10 @@ class EngineStats:
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request. Deltas: concatenating `token_ids` gives the whole generation."""
+    """What one step gave one request. Deltas: concatenating `token_ids` gives the whole generation.
+
+    A beam search says with an empty one that its prompt is computed, and all else at its end.
+    """
 
     request_id: RequestId
     token_ids: tuple[int, ...]
@@ -232,6 +328,7 @@ class Request:
     stream: int = 0
     cache_salt: str = ""
     fork_of: RequestId | None = None
+    hypothesis_ids: tuple[RequestId, ...] = ()  # of a beam search: what its n results go by; its own id is the first
 
     output_ids: list[int] = field(default_factory=list)
     num_known: int = 0  # prompt and output tokens
@@ -256,6 +353,11 @@ class Request:
         self.num_known = self.num_expected = len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def result_ids(self) -> tuple[RequestId, ...]:
+        """The ids under which its outputs come."""
+        return self.hypothesis_ids or (self.request_id,)
+
+    @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
@@ -276,3 +378,34 @@ class Request:
         if start >= split:
             return tuple(self.output_ids[start - split : end - split])
         return self.prompt_ids[start:] + tuple(self.output_ids[: end - split])
+
+
+def requests_of(
+    sample_ids: tuple[RequestId, ...],
+    prompt_ids: tuple[int, ...],
+    params: SamplingParams,
+    *,
+    seed: int,
+    arrival_s: float,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> list[Request]:
+    """What an engine is given for `params.num_samples` generations of one prompt that go by these ids: a request for
+    each, of which the later ones share the first one's prompt blocks, or one for all if it is a beam search.
+    """
+    request_ids = sample_ids[:1] if params.use_beam_search else sample_ids
+    return [
+        Request(
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            params=params,
+            seed=seed,
+            arrival_s=arrival_s,
+            priority=priority,
+            stream=stream,
+            cache_salt=cache_salt,
+            fork_of=sample_ids[0] if stream else None,
+            hypothesis_ids=sample_ids if params.use_beam_search else (),
+        )
+        for stream, request_id in enumerate(request_ids)
+    ]

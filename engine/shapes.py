@@ -13,8 +13,8 @@ from functools import reduce
 from operator import add
 
 from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, Machine, resolve
-from shoal.engine.memory.kv_layout import KVLayout, blocks_needed, check_pool
-from shoal.engine.models.registry import read_model_config
+from shoal.engine.memory.kv_layout import blocks_needed, check_pool
+from shoal.engine.models.registry import read_draft_config, read_model_config
 from shoal.engine.sizing import ModelSizing, RankMemory, group_block_bytes, most_blocks
 
 _NODE_DEVICES = 8  # that a node is taken to have where nobody says
@@ -92,7 +92,7 @@ class ShapeReport:
 
 def planned_config(options: EngineOptions, machine: Machine) -> EngineConfig:
     """As `resolve`, for a machine that need not be this one. Reads the checkpoint's headers. Raises ConfigError."""
-    return resolve(options, read_model_config(options.model), machine)
+    return resolve(options, read_model_config(options.model), machine, read_draft_config(options))
 
 
 def shape_reports(config: EngineConfig, devices: Devices) -> list[ShapeReport]:
@@ -176,7 +176,7 @@ def _report(
         shares_memory = config.device == "cpu"
         pooled = _pooled(ranks, (ranks_on_host or len(ranks)) if shares_memory else 1)
         num_blocks = min(_num_blocks(config, pool, devices.machine.free_bytes) for pool in pooled)
-        max_model_len = check_pool(config, num_blocks, KVLayout.of(config))
+        max_model_len = check_pool(config, num_blocks)
     except ConfigError as refusal:
         return replace(report, refusal=refusal)
     return replace(

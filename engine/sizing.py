@@ -102,6 +102,7 @@ class ModelSizing:
         model = config.model
         family = FAMILIES.get(model.architecture)
         self._config = config
+        self._draft = ModelSizing(config.draft) if config.draft is not None else None
         self._spec = family.spec(model) if family is not None else None
         self._layers = [_pieces(model, self._spec, layer) for layer in range(model.num_layers)] if self._spec else []
 
@@ -116,7 +117,9 @@ class ModelSizing:
         )
 
     def rank(self, topology: Topology) -> RankMemory:
-        """Raises ConfigError naming the parallel size that the model's layers, heads or features do not allow."""
+        """With its part of the draft model. Raises ConfigError naming the parallel size that the model's layers, heads
+        or features do not allow, or "speculative" if the draft model's do not.
+        """
         is_split = topology.tensor_size * topology.num_stages > 1
         if self._spec is None and is_split:
             raise ConfigError(
@@ -124,11 +127,19 @@ class ModelSizing:
                 "tensor_parallel and pipeline_parallel to 1",
                 field="tensor_parallel" if topology.tensor_size > 1 else "pipeline_parallel",
             )
-        return RankMemory(
+        memory = RankMemory(
             weight_bytes=self._weight_bytes(topology),
             kv_bytes_per_token=rank_layout(self._config, topology).bytes_per_token,
             activation_bytes=self._activation_bytes(topology),
         )
+        place = topology.of_draft(self._config)
+        if self._draft is None or place is None:
+            return memory
+        try:
+            # Its activations come after the model's own, but what is free then need not be in one piece.
+            return memory + self._draft.rank(place)
+        except ConfigError as refusal:
+            raise ConfigError(f"speculative: the draft model: {refusal}", field="speculative") from refusal
 
     def _weight_bytes(self, topology: Topology) -> int:
         config, model = self._config, self._config.model
@@ -205,7 +216,7 @@ class ModelSizing:
 
 
 def rank_layout(config: EngineConfig, topology: Topology) -> KVLayout:
-    """What one rank holds of a KV block: its layers, its KV heads."""
+    """What one rank holds of a KV block of the model: its layers, its KV heads."""
     model = config.model
     return KVLayout.of(
         config,
@@ -214,10 +225,19 @@ def rank_layout(config: EngineConfig, topology: Topology) -> KVLayout:
     )
 
 
+def rank_block_bytes(config: EngineConfig, topology: Topology) -> int:
+    """Bytes of one KV block on one rank, those of the draft model too."""
+    num_bytes = rank_layout(config, topology).bytes_per_block
+    draft, place = config.draft, topology.of_draft(config)
+    if draft is not None and place is not None:
+        num_bytes += rank_layout(draft, place).bytes_per_block
+    return num_bytes
+
+
 def group_block_bytes(config: EngineConfig) -> int:
     """Bytes of one KV block over all ranks; KV heads that several ranks keep count for each."""
     topologies = (Topology.of_rank(rank, config) for rank in range(config.num_ranks))
-    return sum(rank_layout(config, topology).bytes_per_block for topology in topologies)
+    return sum(rank_block_bytes(config, topology) for topology in topologies)
 
 
 def most_blocks(config: EngineConfig) -> int:

@@ -7,28 +7,32 @@ from typing import NamedTuple
 
 from shoal.engine.plan import StepPlan
 
-NUM_INPUTS = 3  # prefill tokens, decode tokens, context tokens
+NUM_INPUTS = 4  # those of StepWork
 MIN_STEPS = 16  # before anything is said, and between two answers
 MEMORY = 512  # steps; older ones have faded to less than 1/e
 CLIP = 3.0  # a step counts as at most so many times what was expected of it
+MIN_VARIANCE = 1e-3  # of an input's mean square
 RIDGE = 1e-5  # of an input's mean square: variance below that explains nothing
 
 
 class StepWork(NamedTuple):
-    """What is in a step. A request with one token to compute decodes; context tokens are those of all its requests that
-    already have KV, which attention reads.
+    """What is in a step. A request with one token to compute decodes, and so do its drafts; context tokens are those of
+    all its requests that already have KV, which attention reads. Draft rounds are what the most hopeful request has the
+    draft model guess.
     """
 
     num_prefill: int
     num_decode: int
     num_context: int
+    num_draft_rounds: int = 0
 
 
 def work_of(plan: StepPlan) -> StepWork:
-    counts = [entry.num_new for entry in plan.continued] + [entry.num_new for entry in plan.new]
-    num_decode = counts.count(1)
+    counts = [entry.num_new - len(entry.draft_ids) for entry in plan.continued] + [new.num_new for new in plan.new]
+    num_decode = counts.count(1) + sum([len(entry.draft_ids) for entry in plan.continued])
     num_context = sum([entry.num_computed for entry in plan.continued]) + sum([new.num_computed for new in plan.new])
-    return StepWork(plan.num_tokens - num_decode, num_decode, num_context)
+    num_draft_rounds = max([entry.num_to_draft for entry in plan.continued], default=0)
+    return StepWork(plan.num_tokens - num_decode, num_decode, num_context, num_draft_rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,15 @@ class StepTime:
     per_prefill_token: float
     per_decode_token: float
     per_context_token: float
+    per_draft_round: float = 0.0
 
-    def seconds(self, num_prefill: int, num_decode: int, num_context: int) -> float:
+    def seconds(self, num_prefill: int, num_decode: int, num_context: int, num_draft_rounds: int = 0) -> float:
         return (
             self.base
             + self.per_prefill_token * num_prefill
             + self.per_decode_token * num_decode
             + self.per_context_token * num_context
+            + self.per_draft_round * num_draft_rounds
         )
 
 
@@ -82,6 +88,11 @@ class StepTimeFit:
     def estimate(self) -> StepTime | None:
         """None until MIN_STEPS steps were seen."""
         return self._estimate
+
+    def has_varied(self, index: int) -> bool:
+        """Whether steps have shown what an input of StepWork costs: it was not always the same."""
+        total, of = self._sums[0][0], self._sums[index + 1][index + 1]
+        return total > 0.0 and of / total - (self._sums[0][index + 1] / total) ** 2 > MIN_VARIANCE * of / total
 
     def _fit(self) -> StepTime:
         means = [value / self._sums[0][0] for value in self._sums[0]]

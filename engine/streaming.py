@@ -121,8 +121,9 @@ class AsyncEngine:
         with self._lock:
             self._raise_if_down()
             for request in requests:
-                assert request.request_id not in self._sinks, f"request id {request.request_id} is in use"
-                self._sinks[request.request_id] = sink
+                for request_id in request.result_ids:
+                    assert request_id not in self._sinks, f"request id {request_id} is in use"
+                    self._sinks[request_id] = sink
 
         def add(core: EngineCore) -> None:
             for request in requests:
@@ -148,14 +149,16 @@ class AsyncEngine:
         """The outputs of one request. Closing the generator aborts it."""
         sink = QueueSink(asyncio.get_running_loop())
         self.submit([request], sink)
-        output: RequestOutput | None = None
+        open_ids = set(request.result_ids)
         try:
-            while output is None or output.finish_reason is None:
+            while open_ids:
                 output = await sink.get()
+                if output.finish_reason is not None:
+                    open_ids.remove(output.request_id)
                 yield output
         finally:
-            if output is None or output.finish_reason is None:
-                self.abort([request.request_id])
+            if open_ids:
+                self.abort(open_ids)
 
     def stats(self) -> EngineStats:
         return self._started.stats()

@@ -21,16 +21,17 @@ from shoal.engine.config import (
 )
 from shoal.engine.executor import EngineFactory, ExecutorInfo, Progress, RankInfo
 from shoal.engine.machine import free_host_bytes, host_machine
-from shoal.engine.memory.kv_layout import check_pool
-from shoal.engine.models.registry import load_model, read_model_config
+from shoal.engine.memory.kv_layout import KVLayout, check_pool
+from shoal.engine.models.registry import Model, load_model, read_draft_config, read_model_config
 from shoal.engine.parallel.collectives import Collectives, SingleRank
 from shoal.engine.parallel.pipeline import SingleStage, StageLinks
 from shoal.engine.parallel.topology import SINGLE, Topology
 from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.runner.model_runner import ModelRunner, PendingStep
 from shoal.engine.shapes import check_shape
-from shoal.engine.sizing import ModelSizing, group_block_bytes, most_blocks, rank_layout
+from shoal.engine.sizing import ModelSizing, group_block_bytes, most_blocks, rank_block_bytes, rank_layout
 from shoal.kernels import dispatch
 
 
@@ -50,7 +51,7 @@ def detect_machine(device: str = "auto") -> Machine:
 def resolve_options(options: EngineOptions) -> EngineConfig:
     """Options to config, for the checkpoint and the machine at hand. Raises ConfigError for what cannot work there."""
     machine = detect_machine(options.device)
-    config = resolve(options, read_model_config(options.model), machine)
+    config = resolve(options, read_model_config(options.model), machine, read_draft_config(options))
     check_shape(config, machine)
     return config
 
@@ -88,21 +89,34 @@ class Worker:
         self._runner: ModelRunner | None = None
 
     def load(self, progress: Progress | None = None) -> None:
-        """Read this rank's weights. Raises ConfigError."""
+        """Read this rank's weights, those of the draft model too. Raises ConfigError."""
         self.use_threads()
         self._ops = dispatch.operations(self._config.device)
 
+        num_read = 0  # bytes of the model itself, while its draft model is read
+
         def report(done: int, total: int) -> None:
             if progress is not None:
-                progress("loading weights", done, total)
+                progress("loading weights", num_read + done, num_read + total)
 
         self._model = load_model(self._config, self._ops, self._topology, self._collectives, progress=report)
+        self._draft_model: Model | None = None
+        if (part := self._draft_part()) is not None:
+            num_read = self._model.weight_bytes
+            draft, topology, collectives = part
+            self._draft_model = load_model(draft, self._ops, topology, collectives, progress=report)
         _trim_heap()
-        self._layout = rank_layout(self._config, self._topology)
+
+    def _draft_part(self) -> tuple[EngineConfig, Topology, Collectives] | None:
+        """This rank's part in the draft model, if it has one."""
+        draft, topology = self._config.draft, self._topology.of_draft(self._config)
+        if draft is None or topology is None:
+            return None
+        return draft, topology, self._collectives if topology.tensor_size > 1 else SingleRank()
 
     @property
     def weight_bytes(self) -> int:
-        return self._model.weight_bytes
+        return self._model.weight_bytes + (0 if self._draft_model is None else self._draft_model.weight_bytes)
 
     def num_blocks_possible(self) -> int:
         """KV blocks that this rank has memory for. Raises ConfigError if kv_memory_bytes is more than there is."""
@@ -114,7 +128,7 @@ class Worker:
         else:
             free = torch.cuda.mem_get_info()[0]
         free = max(0, free - ModelSizing(config).rank(self._topology).activation_bytes)
-        block_bytes = self._layout.bytes_per_block
+        block_bytes = rank_block_bytes(config, self._topology)
         if config.kv_memory_bytes is None:
             num_blocks = int(free * config.memory_fraction) // block_bytes
         else:
@@ -128,10 +142,18 @@ class Worker:
         return min(num_blocks, most_blocks(config))
 
     def allocate(self, num_blocks: int) -> int:
-        """Make the KV pool; answers its bytes. Raises ConfigError if it cannot hold even one request."""
+        """Make the KV pools; answers their bytes. Raises ConfigError if they cannot hold even one request."""
         config = self._config
-        max_model_len = check_pool(config, num_blocks, self._layout)
-        kv = KVStore(self._layout, num_blocks, getattr(torch, config.dtype), self._device)
+        max_model_len = check_pool(config, num_blocks)
+        kv = self._make_pool(rank_layout(config, self._topology), num_blocks)
+        drafter, num_bytes = None, kv.num_bytes
+        if (part := self._draft_part()) is not None and self._draft_model is not None:
+            draft, topology, collectives = part
+            draft_kv = self._make_pool(rank_layout(draft, topology), num_blocks)
+            drafter = Drafter(
+                draft, self._draft_model, draft_kv, ops=self._ops, topology=topology, collectives=collectives
+            )
+            num_bytes += draft_kv.num_bytes
         self._runner = ModelRunner(
             config,
             max_model_len,
@@ -141,8 +163,12 @@ class Worker:
             topology=self._topology,
             collectives=self._collectives,
             links=self._links,
+            drafter=drafter,
         )
-        return kv.num_bytes
+        return num_bytes
+
+    def _make_pool(self, layout: KVLayout, num_blocks: int) -> KVStore:
+        return KVStore(layout, num_blocks, getattr(torch, self._config.dtype), self._device)
 
     def info(self, kv_bytes: int, node: str) -> RankInfo:
         """This rank, loaded, on host `node` with a pool of `kv_bytes`."""

@@ -31,6 +31,15 @@ def test_a_pipeline_of_two_processes_answers() -> None:
     assert answer == ["The capital of France is Paris."]
 
 
+def test_speculation_repeats_a_poem_in_fewer_steps() -> None:
+    *poem, steps, drafts = run("speculative.py").splitlines()
+    assert (poem[0], poem[-1]) == ("The harbour wakes before the sun,", "comes home behind a yellow light.")
+    num_tokens, num_steps = (int(word) for word in steps.partition(":")[0].split() if word.isdecimal())
+    num_accepted = int(drafts.split()[0])
+    assert num_tokens == num_steps + num_accepted
+    assert num_accepted > 0
+
+
 def test_parallel_sampling_shares_the_prompt() -> None:
     *samples, counts = run("parallel_sampling.py").splitlines()
     texts = [line.partition(": ")[2] for line in samples]

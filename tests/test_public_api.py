@@ -19,10 +19,11 @@ from shoal.cluster.config import (
     ObjectiveSettings,
     RaySettings,
     RoutingSettings,
+    SpeculativeSettings,
 )
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine import LLM, SamplingParams
-from shoal.engine.config import EngineOptions
+from shoal.engine.config import EngineOptions, SpeculativeOptions
 from shoal.engine.llm import Completion, GenerationResult
 
 
@@ -58,13 +59,15 @@ def test_options_of_the_engine() -> None:
         "model", "dtype", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks", "memory_fraction",
         "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
         "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
-        "step_timeout_s", "heartbeat_timeout_s",
+        "speculative", "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
 
 
 def test_offline_results() -> None:
     assert field_names(GenerationResult) == ["prompt", "prompt_token_ids", "outputs", "num_cached_tokens"]
-    assert field_names(Completion) == ["index", "text", "token_ids", "logprobs", "finish_reason", "stop_string"]
+    assert field_names(Completion) == [
+        "index", "text", "token_ids", "logprobs", "finish_reason", "stop_string", "drafts",
+    ]  # fmt: skip
 
 
 def test_sampling_params_and_their_defaults() -> None:
@@ -72,6 +75,10 @@ def test_sampling_params_and_their_defaults() -> None:
         "max_tokens": 16,
         "min_tokens": 0,
         "n": 1,
+        "best_of": None,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "early_stopping": False,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -100,7 +107,7 @@ def test_commands_and_their_options() -> None:
     assert options == {
         "serve": [
             "--help", "--host", "--port", "--model-name", "--replicas", "--routing", "--tensor-parallel",
-            "--pipeline-parallel", "--stages", "--node-labels",
+            "--pipeline-parallel", "--stages", "--node-labels", "--speculative",
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
         ],
@@ -120,13 +127,17 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "gateway_labels", "ray"}
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
-        "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
+        "speculative", "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
         "routing", "autoscaling", "drain_timeout",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
         "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
         "step_timeout", "heartbeat_timeout",
+    }  # fmt: skip
+    assert set(SpeculativeSettings.model_fields) == set(field_names(SpeculativeOptions)) == {
+        "method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "suffix_history_tokens", "model",
+        "draft_tensor_parallel", "adaptive",
     }  # fmt: skip
     assert set(RoutingSettings.model_fields) == {"policy", "options"}
     assert set(ObjectiveSettings.model_fields) == {"ttft_ms", "tpot_ms"}

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,10 +39,13 @@ def bench(config: ClusterConfig, *, is_calibrating: bool = False, out: str | Non
     """
     _check_out(out, is_calibrating=is_calibrating)
     model = config.models[0]
+    options = model.options(locate_model(model.model))
+    if is_calibrating:
+        options = replace(options, speculative=None)  # a profile is of steps without drafts
     start = time.perf_counter()
     _say(f"loading {model.name}")
     try:
-        with closing(BenchEngine(_engine_factory(model.options(locate_model(model.model))))) as engine:
+        with closing(BenchEngine(_engine_factory(options))) as engine:
             engine.start()
             start_s = time.perf_counter() - start
             if is_calibrating:

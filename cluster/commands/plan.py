@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from shoal.cluster.commands.gpus import NamedDevices, local_devices, parse_gpus
 from shoal.cluster.config import ClusterConfig, locate_model
-from shoal.engine.config import EngineConfig, EngineOptions
-from shoal.engine.memory.kv_layout import KVLayout
+from shoal.engine.config import EngineConfig, EngineOptions, SpeculativeOptions
+from shoal.engine.memory.kv_layout import KVLayout, kv_bytes_per_token
 from shoal.engine.shapes import ShapeReport, best_shape, gib, planned_config, shape_reports
 
 _RULE = (
@@ -67,7 +67,8 @@ def as_json(made: Plan) -> dict[str, Any]:
         "num_parameters": config.model.num_parameters,
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
-        "kv_bytes_per_token": KVLayout.of(config).bytes_per_token,
+        "speculative": None if config.speculative is None else asdict(config.speculative),
+        "kv_bytes_per_token": kv_bytes_per_token(config),
         "devices": {
             "name": made.target.name,
             "num_nodes": devices.num_nodes,
@@ -93,6 +94,11 @@ def lines(made: Plan) -> Iterator[str]:
         f"{layout.element_bytes} bytes = {layout.bytes_per_token:,} bytes per token, "
         f"{gib(layout.bytes_per_token * config.max_model_len)} for a full request"
     )
+    if config.speculative is not None:
+        yield f"  drafts   {_drafts(config.speculative)}"
+    if (draft := config.draft) is not None:
+        draft_bytes, kv_bytes = draft.model.num_parameters * config.dtype_bytes, KVLayout.of(draft).bytes_per_token
+        yield f"           {gib(draft_bytes)} of weights and {kv_bytes:,} bytes of KV per token on the last stage"
     yield f"  devices  {_devices(made)}"
     yield ""
     yield from (f"  {line}" for line in _table(made))
@@ -107,6 +113,12 @@ def lines(made: Plan) -> Iterator[str]:
     hidden = len(made.reports) - len(made.shown)
     if hidden:
         yield f"  Left out: {hidden} whose ranks do not divide the devices; --json has them."
+
+
+def _drafts(speculative: SpeculativeOptions) -> str:
+    source = speculative.method if speculative.model is None else f"{speculative.method} {speculative.model}"
+    adaptive = ", fewer where they do not pay" if speculative.adaptive else ""
+    return f"{source}, up to {speculative.num_speculative_tokens} tokens a step{adaptive}"
 
 
 def _devices(made: Plan) -> str:

@@ -86,6 +86,8 @@ def _measured(samples: Iterable[Sample], model: str) -> dict[str, dict[str, Any]
         f"{metrics.PREFIX_HITS.name}_total": "cached_tokens",
         f"{metrics.GENERATION_TOKENS.name}_total": "generation_tokens",
         f"{metrics.PREEMPTIONS.name}_total": "preemptions",
+        f"{metrics.SPEC_DRAFT_TOKENS.name}_total": "drafted_tokens",
+        f"{metrics.SPEC_ACCEPTED.name}_total": "accepted_tokens",
     }
     replicas: dict[str, dict[str, Any]] = {}
     for sample in samples:
@@ -119,6 +121,8 @@ def _group_lines(group: dict[str, Any]) -> Iterable[str]:
             f"{group['prompt_tokens']} prompt tokens ({_hit_rate(group):.1%} cached), "
             f"{group['generation_tokens']} generated, {group['preemptions']} preemptions"
         )
+        if group["drafted_tokens"]:
+            head += f", {group['accepted_tokens']} of {group['drafted_tokens']} drafts accepted"
     yield head
     if group.get("routing"):
         yield f"      router: {_routing(group['routing'])}"

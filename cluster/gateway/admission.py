@@ -329,7 +329,7 @@ class Admission:
     def _leave(self, visit: Visit) -> None:
         if visit in self._queue:
             self._queue.drop(visit)
-        num_steps = visit.num_tokens / visit.call.params.n - 1
+        num_steps = visit.num_tokens / visit.call.params.num_samples - 1
         if visit.first_s is not None and visit.predicted_tpot_s is not None and num_steps >= 1:
             measured_s = (visit.last_s - visit.first_s) / num_steps
             self._tpot.learn(visit.predicted_tpot_s, measured_s, self.clock())

@@ -85,7 +85,8 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model under the name that clients use. `created`: Unix time in seconds; `vocab_size`: rows of the embedding."""
+    """A model under the name that clients use. `created`: Unix time in seconds; `vocab_size`: rows of the embedding;
+    `is_speculative`: its replicas draft."""
 
     name: str
     tokenizer: Tokenizer
@@ -93,6 +94,7 @@ class ServedModel:
     vocab_size: int
     created: int
     backend: Backend
+    is_speculative: bool = False
 
 
 __all__ = [

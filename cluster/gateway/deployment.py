@@ -77,6 +77,7 @@ class Gateway:
             vocab_size=facts.vocab_size,
             created=int(time.time()),
             backend=backend,
+            is_speculative=model.speculative is not None,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TypeVar
 
 from shoal.cluster.gateway.backend import GenerateCall, ReplicaFailedError, ServedModel
-from shoal.cluster.gateway.responses import FinishReasonName, PromptTokensDetails, Usage
-from shoal.engine.request import FinishReason, RequestId, RequestOutput, TokenLogprobs
+from shoal.cluster.gateway.responses import CompletionTokensDetails, FinishReasonName, PromptTokensDetails, Usage
+from shoal.engine.request import (
+    NO_DRAFTS,
+    DraftCounts,
+    FinishReason,
+    RequestId,
+    RequestOutput,
+    TokenLogprobs,
+    best_samples,
+)
 from shoal.engine.tokenizer import IncrementalDetokenizer
 
 _T = TypeVar("_T")
@@ -48,6 +57,8 @@ class _Choice:
     def __init__(self, index: int, model: ServedModel, call: GenerateCall) -> None:
         self.index = index
         self.num_cached_tokens = 0
+        self.logprobs: list[float] = []  # of the tokens that count, where they are known
+        self.drafts = NO_DRAFTS  # known with the engine's last output, which a stop string does not wait for
         self.is_finished = False
         self._is_first = True
         self._detokenizer = IncrementalDetokenizer(model.tokenizer, call.prompt_ids, call.params)
@@ -58,6 +69,8 @@ class _Choice:
 
     def take(self, output: RequestOutput) -> ChoiceDelta | None:
         """The delta to show for one output, None if there is nothing to show yet."""
+        if output.times is not None:
+            self.drafts = output.times.drafts
         if self.is_finished:  # a stop string ended it; the engine does not know
             return None
         reason = output.finish_reason
@@ -66,6 +79,7 @@ class _Choice:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         # Offsets end where a stop string did, and with them what is reported.
         tokens = tuple(map(TokenReport, output.token_ids, output.logprobs, detokenizer.token_offsets))
+        self.logprobs += [token.logprobs.logprob for token in tokens]
         if reason is not None:
             text += detokenizer.finish()
         if detokenizer.is_stopped:
@@ -78,7 +92,7 @@ class _Choice:
 
 
 class Generation:
-    """All choices of one HTTP request: `params.n` samples of each prompt, index = prompt index * n + sample.
+    """All choices of one HTTP request: `params.num_samples` of each prompt, one prompt's after the other's.
 
     `steps` holds each call's outputs, as Backend.generate gives them.
     """
@@ -89,6 +103,7 @@ class Generation:
         calls: Sequence[GenerateCall],
         steps: Sequence[AsyncGenerator[list[RequestOutput], None]],
     ) -> None:
+        self._is_speculative = model.is_speculative
         self._calls = tuple(calls)
         self._steps = tuple(steps)
         self._choices: dict[RequestId, _Choice] = {}
@@ -100,7 +115,24 @@ class Generation:
         num_generated = sum(choice.num_tokens for choice in self._choices.values())
         # Later samples share the first one's blocks; that is no hit of the prefix cache.
         num_cached = sum(group[0].num_cached_tokens for group in self._groups)
-        return Usage(num_prompt, num_generated, num_prompt + num_generated, PromptTokensDetails(num_cached))
+        return Usage(
+            num_prompt,
+            num_generated,
+            num_prompt + num_generated,
+            PromptTokensDetails(num_cached),
+            _drafts_details(choice.drafts for choice in self._choices.values()) if self._is_speculative else None,
+        )
+
+    def answered(self) -> list[int]:
+        """Indices of the choices to be answered, once all have ended: the best ones where more were generated."""
+        chosen: list[int] = []
+        for call, group in zip(self._calls, self._groups, strict=True):
+            if call.params.chooses_samples:
+                best = best_samples([choice.logprobs for choice in group], call.params.n)
+                chosen += [group[sample].index for sample in best]
+            else:
+                chosen += [choice.index for choice in group]
+        return chosen
 
     async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What each engine step gave, until every choice has finished. Closing this aborts what still runs."""
@@ -111,7 +143,7 @@ class Generation:
 
     def _open(self, model: ServedModel, call: GenerateCall) -> list[_Choice]:
         first = len(self._choices)
-        group = [_Choice(first + sample, model, call) for sample in range(call.params.n)]
+        group = [_Choice(first + sample, model, call) for sample in range(call.params.num_samples)]
         self._choices |= zip(call.sample_ids, group, strict=True)
         return group
 
@@ -128,8 +160,16 @@ class Generation:
         raise ReplicaFailedError("the replica stopped answering before every sample was finished")
 
 
+def _drafts_details(samples: Iterable[DraftCounts]) -> CompletionTokensDetails:
+    counts = tuple(samples)
+    accepted_at = [sum(at) for at in zip_longest(*(drafts.accepted_at for drafts in counts), fillvalue=0)]
+    num_accepted = sum(accepted_at)
+    num_drafted = sum(drafts.num_drafted for drafts in counts)
+    return CompletionTokensDetails(num_accepted, num_drafted - num_accepted, accepted_at)
+
+
 async def collect(generation: Generation) -> list[ChoiceDelta]:
-    """Every choice as one delta, by index."""
+    """Every choice that is answered as one delta: `n` of each prompt, index = prompt index * n + place."""
     parts: dict[int, list[ChoiceDelta]] = {}
     async with aclosing(generation.deltas()) as steps:
         async for deltas in steps:
@@ -137,12 +177,13 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
                 parts.setdefault(delta.index, []).append(delta)
     return [
         replace(
-            deltas[0],
-            text="".join(delta.text for delta in deltas),
-            tokens=tuple(token for delta in deltas for token in delta.tokens),
-            finish_reason=deltas[-1].finish_reason,
+            parts[index][0],
+            index=place,
+            text="".join(delta.text for delta in parts[index]),
+            tokens=tuple(token for delta in parts[index] for token in delta.tokens),
+            finish_reason=parts[index][-1].finish_reason,
         )
-        for _, deltas in sorted(parts.items())
+        for place, index in enumerate(generation.answered())
     ]
 
 

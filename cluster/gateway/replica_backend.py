@@ -99,7 +99,7 @@ class ReplicaBackend:
                     num_tokens += sum(len(output.token_ids) for output in outputs)
                     yield outputs
             finally:
-                self._routing.close_call(call, num_tokens // call.params.n if inbox.is_finished else None)
+                self._routing.close_call(call, num_tokens // call.params.num_samples if inbox.is_finished else None)
                 if not inbox.is_finished:
                     response.cancel()
 

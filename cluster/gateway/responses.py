@@ -13,11 +13,23 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
-class Usage(msgspec.Struct):
+class CompletionTokensDetails(msgspec.Struct):
+    """What became of speculative drafts, of all samples together, once they have ended. In tokens.
+
+    accepted_per_position is ours: how often a step accepted its first draft, its second, and so on.
+    """
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+    accepted_per_position: list[int]
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None  # of a model that speculates
 
 
 class TopLogprob(msgspec.Struct):

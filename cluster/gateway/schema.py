@@ -61,6 +61,12 @@ def _check_stop(value: Any) -> Any:
     return tuple(texts)
 
 
+def _check_early_stopping(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value == "never":
+        return value
+    raise RequestError('early_stopping must be true, false or "never"')
+
+
 def _check_logit_bias(value: Any) -> Any:
     if value is None:
         return {}
@@ -81,6 +87,10 @@ class _Generation(_Body):
 
     model: str
     n: _Positive | None = None
+    best_of: _Positive | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: Annotated[bool | Literal["never"] | None, BeforeValidator(_check_early_stopping)] = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: _Int32 | None = None
@@ -115,8 +125,6 @@ class _Generation(_Body):
     return_tokens_as_token_ids: _Off = None
 
     # Of OpenAI or vLLM, and would change the answer.
-    use_beam_search: _Off = None
-    length_penalty: Annotated[Any, _refuse_unless(1.0, 1)] = None
     truncate_prompt_tokens: _Unsupported = None
     prompt_logprobs: _Unsupported = None
     allowed_token_ids: _Unsupported = None
@@ -130,9 +138,13 @@ class _Generation(_Body):
     spaces_between_special_tokens: Annotated[Any, _refuse_unless(True)] = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed together with stream: true", param="stream_options")
+        if self.stream and not self.use_beam_search and (self.best_of or 0) > self.num_samples:
+            raise RequestError(
+                "which samples are best is known at the end: best_of cannot be streamed", param="best_of"
+            )
         return self
 
     @property
@@ -179,8 +191,9 @@ class _Generation(_Body):
 
 
 _SAME_IN_ENGINE = (
-    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "logit_bias", "stop", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
+    "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens", "ignore_eos",
+    "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
 
@@ -327,7 +340,6 @@ class CompletionRequest(_Generation):
     prompt: Annotated[Any, BeforeValidator(_check_prompt)]
     echo: bool | None = None
     logprobs: _Count | None = None
-    best_of: int | None = None
     add_special_tokens: bool | None = None
 
     suffix: Annotated[Any, _refuse_unless("")] = None
@@ -335,8 +347,6 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.best_of not in (None, self.num_samples):
-            raise RequestError("best_of is not supported: leave it out, or set it to n", param="best_of")
         if self.echo and self.logprobs is not None:
             raise RequestError("log-probabilities of an echoed prompt are not supported", param="logprobs")
         return self

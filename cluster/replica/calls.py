@@ -66,7 +66,7 @@ class Calls:
         self._metrics.observe_step(outputs)
         for output in outputs if self._num_prompt else ():
             num_prompt = self._num_prompt.pop(output.request_id, None)
-            if num_prompt is not None and output.token_ids:
+            if num_prompt is not None and (output.token_ids or output.finish_reason is None):
                 self.prompts.observe(num_prompt - output.num_cached_tokens)
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class GatewaySink:
 
     def open(self, requests: Sequence[Request]) -> OpenCall:
         """Expect outputs for these requests. Call before the engine sees them."""
-        call = OpenCall(asyncio.get_running_loop(), [request.request_id for request in requests])
+        call = OpenCall(asyncio.get_running_loop(), [sample_id for request in requests for sample_id in request.result_ids])
         for request_id in call.request_ids:
             self._calls[request_id] = call
         return call

@@ -24,7 +24,7 @@ from shoal.engine.group.messages import (
     Welcome,
 )
 from shoal.engine.group.rank_group import RankGroup
-from shoal.engine.models.registry import read_model_config
+from shoal.engine.models.registry import read_draft_config, read_model_config
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.shapes import check_shape
 from shoal.engine.sizing import ModelSizing
@@ -50,9 +50,9 @@ def open_group(options: EngineOptions, launcher: Launcher, progress: Progress) -
     Raises ConfigError for options that cannot work, before any rank starts where it does not take their machines to
     know, and ExecutorError, naming the rank, if one does not come up.
     """
-    model = read_model_config(options.model)
+    model, draft_model = read_model_config(options.model), read_draft_config(options)
     # What no machine could do is refused here; which shapes fit is known once the ranks have told what they run on.
-    ModelSizing(resolve(options, model, _ANY_MACHINE)).group(
+    ModelSizing(resolve(options, model, _ANY_MACHINE, draft_model)).group(
         options.tensor_parallel, options.pipeline_parallel, options.stage_layers
     )
     group = RankGroup(options, launcher)
@@ -60,7 +60,7 @@ def open_group(options: EngineOptions, launcher: Launcher, progress: Progress) -
         nodes = _greet(group, options, progress)
         found = _gather(group, Found, options.step_timeout_s)
         machine = _weakest([answer.machine for answer in found], nodes)
-        config = resolve(options, model, machine)
+        config = resolve(options, model, machine, draft_model)
         check_shape(config, machine, ranks_on_host=max(Counter(nodes).values()))
     except BaseException:
         group.close()

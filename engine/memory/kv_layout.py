@@ -49,13 +49,20 @@ def blocks_needed(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def check_pool(config: EngineConfig, num_blocks: int, layout: KVLayout) -> int:
+def kv_bytes_per_token(config: EngineConfig) -> int:
+    """Of the whole model, and of its draft model."""
+    draft = 0 if config.draft is None else KVLayout.of(config.draft).bytes_per_token
+    return KVLayout.of(config).bytes_per_token + draft
+
+
+def check_pool(config: EngineConfig, num_blocks: int) -> int:
     """The longest request that this pool can hold, at most config.max_model_len.
 
     Raises ConfigError when not even one block can be handed out, or when max_model_len was asked for and does not fit.
     """
     capacity = (num_blocks - 1) * config.block_size  # block 0 is never handed out
-    mib = layout.bytes_per_block / 2**20
+    token_bytes = kv_bytes_per_token(config)
+    mib = token_bytes * config.block_size / 2**20
     if capacity < min(config.max_model_len, 2 * config.block_size):
         raise ConfigError(
             f"no memory for even one request: the KV pool would have {max(num_blocks - 1, 0)} blocks of "
@@ -69,7 +76,7 @@ def check_pool(config: EngineConfig, num_blocks: int, layout: KVLayout) -> int:
         raise ConfigError(
             f"max_model_len {config.max_model_len} needs {blocks_needed(config.max_model_len, config.block_size)} KV "
             f"blocks, the pool has {num_blocks - 1} ({capacity} tokens): set max_model_len to at most {capacity}, or "
-            f"raise kv_memory_bytes to {config.max_model_len * layout.bytes_per_token}",
+            f"raise kv_memory_bytes to {config.max_model_len * token_bytes}",
             field="max_model_len",
         )
     return capacity

@@ -149,19 +149,22 @@ class KVManager:
             and table.num_passed <= self._num_out_of_sight(num_prompt - 1)
         )
 
-    def fork(self, request: Request, source: RequestId) -> tuple[tuple[BlockId, BlockId], ...] | None:
-        """Admit `request` on the blocks of `source`, whose prompt is the same and computed (`can_fork`).
+    def fork(
+        self, request: Request, source: RequestId, *, is_growth: bool = False
+    ) -> tuple[tuple[BlockId, BlockId], ...] | None:
+        """Admit `request` on the blocks of `source`, which has computed all its known tokens but the last: the same
+        prompt (`can_fork`), or what two beams have in common.
 
         Whole blocks are shared. The one that both will write is copied: the answer holds (source, target) for the
-        ranks, before anything is computed; None if there are no blocks. All prompt tokens but the last count as
-        computed, and that one gives the fork its own logits.
+        ranks, before anything is computed; None if there are no blocks, for what `is_growth` those of the watermark
+        included. All known tokens but the last count as computed, and that one gives the fork its own logits.
         """
         assert request.request_id not in self._tables, request.request_id
         parent = self._tables[source]
-        num_computed = len(request.prompt_ids) - 1
+        num_computed = request.num_known - 1
         num_shared, rest = divmod(num_computed, self.block_size)
         num_own = blocks_needed(request.num_known, self.block_size) - num_shared
-        if num_own + self._watermark_blocks > self._pool.num_free:
+        if num_own + (0 if is_growth else self._watermark_blocks) > self._pool.num_free:
             return None
         shared = parent.blocks[:num_shared]
         for block in shared:
@@ -190,6 +193,17 @@ class KVManager:
         blocks.extend(self._pool.allocate(missing))
         request.num_slots = len(blocks) * self.block_size
         return True
+
+    def grow_to_spare(self, request: Request, num_tokens: int) -> None:
+        """Make room for up to `num_tokens` tokens, as far as there are blocks beyond the watermark and one for each
+        running request.
+        """
+        table = self._tables[request.request_id]
+        wanted = blocks_needed(num_tokens, self.block_size) - len(table.blocks)
+        num_spare = self._pool.num_free - self._watermark_blocks - len(self._tables)
+        if (num_new := min(wanted, num_spare)) > 0:
+            table.blocks.extend(self._pool.allocate(num_new))
+            request.num_slots = len(table.blocks) * self.block_size
 
     def commit(self, request: Request) -> None:
         """Take note of request.num_computed: offer full blocks to the cache, give back those behind the window."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.engine.config import ConfigError, EngineConfig, ModelConfig
+from shoal.engine.config import ConfigError, EngineConfig, EngineOptions, ModelConfig
 from shoal.engine.models import gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3
 from shoal.engine.models.checkpoint import Checkpoint, read_checkpoint
 from shoal.engine.models.config_fields import count
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.engine.parallel.topology import Topology
     from shoal.kernels.dispatch import Operations
 
-__all__ = ["FAMILIES", "Model", "load_model", "read_model_config"]
+__all__ = ["FAMILIES", "Model", "load_model", "read_draft_config", "read_model_config"]
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -47,6 +47,16 @@ def read_model_config(path: str) -> ModelConfig:
     fields = transformers_fields(checkpoint.path, checkpoint.architecture)
     # transformers' code tells the attention its window; None here only keeps blocks longer than needed.
     return _model_config(checkpoint, fields, (None,) * fields["num_hidden_layers"])
+
+
+def read_draft_config(options: EngineOptions) -> ModelConfig | None:
+    """The facts of the draft model's checkpoint, None without one. Raises ConfigError."""
+    if options.speculative is None or options.speculative.model is None:
+        return None
+    try:
+        return read_model_config(options.speculative.model)
+    except ConfigError as error:
+        raise ConfigError(f"speculative: {error}", field="speculative") from error
 
 
 def load_model(

@@ -52,6 +52,17 @@ class Topology:
     def is_last_stage(self) -> bool:
         return self.stage == self.num_stages - 1
 
+    def of_draft(self, config: EngineConfig) -> Topology | None:
+        """This rank's place in the draft model, which is whole on the last stage, shared by its tensor ranks or on the
+        first of them only. None where nothing of it is.
+        """
+        draft = config.draft
+        if draft is None or not self.is_last_stage:
+            return None
+        if draft.tensor_parallel > 1:
+            return Topology(self.tensor_rank, self.tensor_size, stage=0, num_stages=1)
+        return SINGLE if self.tensor_rank == 0 else None
+
     def layer_range(self, num_layers: int) -> range:
         """This stage's layers. Raises ConfigError if a stage would have none."""
         if self.num_stages > num_layers:

@@ -6,6 +6,7 @@ step only writes what changed and gathers the rows that take part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from shoal.engine.request import BlockId, RequestId, SamplingParams
 from shoal.engine.sampling.batch import SampleBatch
 
 Ints = npt.NDArray[np.int64]
+NO_GUESS = -1
 _NONE: Ints = np.zeros(0, np.int64)
 
 
@@ -32,8 +34,11 @@ class StepBatch:
     query_starts: npt.NDArray[np.int32]  # [requests + 1]
     context_lens: npt.NDArray[np.int32]  # [requests]
     max_query_len: int
-    sampled: Ints  # [samples] indices into `requests` of those that reach their last known token
-    sampled_tokens: Ints  # [samples] indices into `tokens` of those last tokens
+    # [samples] indices into `requests` of those that reach their last known token, once more for each draft behind it
+    sampled: Ints
+    sampled_tokens: Ints  # [samples] indices into `tokens` of what is sampled after: last known tokens and drafts
+    num_guessed: Ints  # [samples] drafts before the token to be sampled
+    guesses: Ints  # [samples] the draft at the place of the token to be sampled, NO_GUESS where there is none
     pending: Ints  # [pending] indices into `tokens` of those that the coordinator did not know: input_ids is 0 there
     pending_rows: Ints  # [pending] the rows whose last sampled tokens they are
     last_pending_step: int  # the last step that sampled one of them
@@ -77,6 +82,20 @@ class Rows:
         if row is not None:
             self._free.append(row.index)
 
+    def num_known(self, request_id: RequestId) -> int:
+        return int(self._num_known[self._rows[request_id].index])
+
+    def ids_with(self, request_id: RequestId, sampled: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """A view of a request's known tokens and those `sampled` just now, which a later plan makes known."""
+        index = self._rows[request_id].index
+        self._put_behind(index, sampled)
+        return self._token_ids[index, : self._num_known[index] + len(sampled)]
+
+    def block_ids(self, request_id: RequestId) -> npt.NDArray[np.int32]:
+        """A view of a request's block table."""
+        index = self._rows[request_id].index
+        return self._block_tables[index, : self._num_blocks[index]]
+
     def add(self, new: NewRequest) -> None:
         index = self._free.pop()
         params = new.params
@@ -99,15 +118,23 @@ class Rows:
             self._block_tables[index, start : start + len(block_ids)] = block_ids
             self._num_blocks[index] = start + len(block_ids)
 
+    def _put_behind(self, index: int, token_ids: tuple[int, ...]) -> None:
+        """Behind the known tokens, which they do not become."""
+        start = int(self._num_known[index])
+        self._token_ids[index, start : start + len(token_ids)] = token_ids
+
     def gather(self, plan: StepPlan) -> StepBatch:
         """Bring the rows up to date with a plan (whose new requests were added) and flatten it."""
-        is_pending = False
+        is_pending = has_drafts = False
         for request in plan.continued:
             index = self._rows[request.request_id].index
             self._append(index, request.new_token_ids, request.new_block_ids)
             if request.num_pending:
                 is_pending = True
                 self._append(index, (0,) * request.num_pending, ())
+            elif request.draft_ids:
+                has_drafts = True
+                self._put_behind(index, request.draft_ids)
         entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
         ids = tuple(entry.request_id for entry in entries)
         count = len(entries)
@@ -126,7 +153,19 @@ class Rows:
             positions = starts[entry_of_token] + np.arange(query_starts[-1]) - query_starts[entry_of_token]
         size = self._block_size
         slots = self._block_tables[owners, positions // size].astype(np.int64) * size + positions % size
-        sampled = np.flatnonzero(ends == self._num_known[rows])
+        known = self._num_known[rows]
+        sampled = np.flatnonzero(ends >= known)
+        sampled_tokens = query_starts[1:][sampled].astype(np.int64) - 1
+        num_guessed, guesses = np.zeros_like(sampled), np.full_like(sampled, NO_GUESS)
+        if has_drafts:
+            num_drafts = (ends - known)[sampled]
+            num_samples = num_drafts + 1  # of each request
+            sampled = np.repeat(sampled, num_samples)
+            num_guessed = np.arange(len(sampled)) - np.repeat(np.cumsum(num_samples) - num_samples, num_samples)
+            num_to_come = np.repeat(num_drafts, num_samples) - num_guessed
+            sampled_tokens = np.repeat(sampled_tokens, num_samples) - num_to_come
+            guesses = self._token_ids[rows[sampled], known[sampled] + num_guessed].astype(np.int64)
+            guesses[num_to_come == 0] = NO_GUESS
         pending = _NONE
         if is_pending:
             first = len(plan.new)
@@ -144,25 +183,40 @@ class Rows:
             context_lens=ends.astype(np.int32),
             max_query_len=max_query_len,
             sampled=sampled,
-            sampled_tokens=query_starts[1:][sampled].astype(np.int64) - 1,
+            sampled_tokens=sampled_tokens,
+            num_guessed=num_guessed,
+            guesses=guesses,
             pending=query_starts[1:][pending].astype(np.int64) - 1,
             pending_rows=rows[pending],
             last_pending_step=last_pending_step,
         )
 
     def sample_batch(self, batch: StepBatch) -> SampleBatch:
-        """The settings of the requests that draw a token in this step."""
+        """The settings of the requests that draw a token in this step, once for each that they draw."""
         indices = batch.rows[batch.sampled]
         request_ids = [batch.request_ids[i] for i in batch.sampled]
+        positions = self._num_known[indices] + batch.num_guessed
+        return self._sample_batch(request_ids, indices, positions, batch.num_guessed, batch.guesses)
+
+    def guess_batch(self, request_ids: Sequence[RequestId], positions: Ints) -> SampleBatch:
+        """The settings of requests that each draw one token, at any position."""
+        indices = np.fromiter((self._rows[i].index for i in request_ids), np.int64, len(request_ids))
+        zeros = np.zeros_like(positions)
+        return self._sample_batch(request_ids, indices, positions, zeros, zeros + NO_GUESS)
+
+    def _sample_batch(
+        self, request_ids: Sequence[RequestId], indices: Ints, positions: Ints, num_guessed: Ints, guesses: Ints
+    ) -> SampleBatch:
         rows = [self._rows[request_id] for request_id in request_ids]
-        positions = self._num_known[indices]
         return SampleBatch(
-            request_ids=request_ids,
+            request_ids=list(request_ids),
             params=[row.params for row in rows],
             num_outputs=[known - row.num_prompt_tokens for known, row in zip(positions.tolist(), rows, strict=True)],
             seeds=self._seed[indices],
             streams=self._stream[indices],
             positions=positions,
+            num_guessed=num_guessed,
+            guesses=guesses,
             temperature=self._temperature[indices],
             top_k=self._top_k[indices],
             top_p=self._top_p[indices],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from shoal.engine.models.registry import Model
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.pipeline import StageLinks
 from shoal.engine.parallel.topology import Topology
-from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
+from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.sampler import Sampler, Samples
 from shoal.kernels.dispatch import Operations
@@ -29,12 +30,13 @@ class PendingStep:
 
     step: int
     samples: Samples | None = None
+    draft_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)
 
     def wait(self) -> StepResult:
         if self.samples is None:
             return StepResult(self.step)
         token_ids, logprobs = self.samples.wait()
-        return StepResult(self.step, token_ids, logprobs)
+        return StepResult(self.step, token_ids, logprobs, self.draft_ids)
 
 
 class ModelRunner:
@@ -51,16 +53,19 @@ class ModelRunner:
         topology: Topology,
         collectives: Collectives,
         links: StageLinks,
+        drafter: Drafter | None = None,
     ) -> None:
         self._model = model
         self._kv = kv
         self._ops = ops
         self._topology = topology
         self._links = links
+        self._drafter = drafter
         self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
-        # The token that was sampled last in each row: the next step may want it before the coordinator knows it.
+        # The token that was sampled last in each row: the next step may want it before the coordinator knows it, but not
+        # after a step with drafts.
         self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
         self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
         self._max_steps_in_flight = config.max_steps_in_flight
@@ -68,7 +73,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Carry out a plan. Where the device works by itself, this returns when all is queued."""
+        """Carry out a plan. Where the device works by itself, this returns when all is queued, or when the drafts that
+        the plan asks for are made.
+        """
         self._forget(plan.finished)
         if plan.copies:
             self._copy_blocks(plan)
@@ -77,6 +84,12 @@ class ModelRunner:
             self._rows.add(new)
             if is_last:
                 self._sampler.add(new.request_id, new.params, new.token_ids, new.num_prompt_tokens, self._device)
+        if is_last and self._sampler.has_processors:
+            for request in plan.continued:
+                num_known = self._rows.num_known(request.request_id)
+                self._sampler.learn(request.request_id, num_known, request.new_token_ids)
+        if self._drafter is not None:
+            self._drafter.follow(plan)
         batch = self._rows.gather(plan)
         # What is no longer in flight has left the last stage, so this never waits; it must be taken, wanted or not.
         self._receive_tokens(plan.step - self._max_steps_in_flight)
@@ -84,7 +97,8 @@ class ModelRunner:
         samples = self._sample(batch, hidden) if is_last and len(batch.sampled) else None
         if self._feeds_tokens and self._topology.is_first_stage and len(batch.sampled):
             self._awaited.append((plan.step, batch.rows[batch.sampled]))
-        return PendingStep(plan.step, samples)
+        draft_ids = self._draft(plan, batch, samples) if self._drafter is not None and samples is not None else {}
+        return PendingStep(plan.step, samples, draft_ids)
 
     def _forward(self, batch: StepBatch) -> Tensor:
         attention = AttentionBatch(
@@ -123,6 +137,17 @@ class ModelRunner:
         if self._feeds_tokens:
             self._links.send_tokens(samples.tokens)
         return samples
+
+    def _draft(self, plan: StepPlan, batch: StepBatch, samples: Samples) -> dict[RequestId, tuple[int, ...]]:
+        """Guesses behind what was sampled, where the plan asks for them."""
+        assert self._drafter is not None
+        assert len(batch.pending) == 0, "the draft model has to know all tokens"
+        entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
+        wanted = {entry.request_id: entry.num_to_draft for entry in entries if entry.num_to_draft}
+        if not wanted:
+            return {}
+        sampled, _ = samples.wait()
+        return self._drafter.draft(self._rows, wanted, sampled)
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

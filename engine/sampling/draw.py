@@ -1,4 +1,4 @@
-"""Drawing on a rank that has the whole vocabulary."""
+"""Drawing a token from each row of logits, wherever the vocabulary is; here by a rank that has all of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shoal.engine.parallel.collectives import Collectives
+from shoal.engine.parallel.topology import Topology
 from shoal.engine.sampling.batch import SampleBatch
 from shoal.engine.sampling.random_numbers import uniforms
+from shoal.engine.sampling.split_draw import SplitVocabularyDraw
 from shoal.kernels.dispatch import Operations
 
 
@@ -33,3 +36,10 @@ class WholeVocabularyDraw:
         settings = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, draws)
         tensors = [torch.from_numpy(values).to(logits.device, non_blocking=True) for values in settings]
         return self._sample(logits, *tensors)
+
+
+def make_draw(ops: Operations, vocab_size: int, topology: Topology, collectives: Collectives) -> Draw:
+    """The Draw of a rank of this topology."""
+    if topology.tensor_size == 1:
+        return WholeVocabularyDraw(ops)
+    return SplitVocabularyDraw(vocab_size, topology, collectives)

@@ -30,18 +30,19 @@ class TokenCounts:
         in_output = np.bincount(columns[num_prompt:][is_here[num_prompt:]], minlength=len(vocab)).astype(np.float32)
         return cls(vocab.start, torch.from_numpy(in_prompt).to(device), torch.from_numpy(in_output).to(device))
 
-    def add(self, token: Tensor) -> None:
-        """token [1] int64, on the device of the counts, which is not waited for."""
-        column = token - self.start
+    def add(self, tokens: Tensor, times: int = 1) -> None:
+        """tokens [n] int64, on the device of the counts, which is not waited for."""
+        columns = tokens - self.start
         last = len(self.in_output) - 1
-        nearest = column.clamp(0, last)
-        self.in_output.index_add_(0, nearest, (nearest == column).to(torch.float32))
+        nearest = columns.clamp(0, last)
+        self.in_output.index_add_(0, nearest, (nearest == columns).to(torch.float32), alpha=times)
 
 
 class LogitsProcessor:
     """Bias, penalties and the tokens banned until min_tokens, for one request. Made only for requests that need it.
 
-    It sees the part `vocab` of the vocabulary, which may end past it.
+    It sees the part `vocab` of the vocabulary, which may end past it. Its state is that after the known tokens; along a
+    draft it is advanced by `suppose`, and goes back with `drop_guesses`.
     """
 
     def __init__(
@@ -55,6 +56,9 @@ class LogitsProcessor:
     ) -> None:
         """token_ids: known tokens, with `num_prompt` prompt tokens in front. Logits will be on `device`."""
         self._params = params
+        self._num_counted = len(token_ids)
+        self._guesses: list[Tensor] = []  # [1] each
+        self._device = device
         self._counts = TokenCounts.of(token_ids, num_prompt, vocab, device) if params.has_penalties else None
         bias = {token - vocab.start: value for token, value in params.logit_bias.items() if token in vocab}
         self._biased = torch.tensor(list(bias), dtype=torch.int64, device=device)  # [biased] columns
@@ -78,8 +82,28 @@ class LogitsProcessor:
 
     def count(self, token: Tensor) -> None:
         """token [1] int64 was drawn."""
+        self._num_counted += 1
         if self._counts is not None:
             self._counts.add(token)
+
+    def suppose(self, token: int) -> None:
+        """The next token is a guess."""
+        if self._counts is not None:
+            self._guesses.append(torch.tensor([token], device=self._device))
+            self._counts.add(self._guesses[-1])
+
+    def drop_guesses(self) -> None:
+        """Back to the known tokens."""
+        if self._counts is not None and self._guesses:
+            self._counts.add(torch.cat(self._guesses), -1)
+            self._guesses.clear()
+
+    def learn(self, start: int, token_ids: Sequence[int]) -> None:
+        """Known tokens from position `start` on; those that were counted when they were drawn are passed over."""
+        new = token_ids[max(0, self._num_counted - start) :]
+        if new and self._counts is not None:
+            self._counts.add(torch.tensor(new, dtype=torch.int64, device=self._device))
+        self._num_counted += len(new)
 
     def _penalise(self, logits: Tensor, counts: TokenCounts) -> None:
         params = self._params

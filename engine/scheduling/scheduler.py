@@ -15,15 +15,27 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
 from shoal.engine.load import MAX_PREFILLS, EngineLoad
 from shoal.engine.memory.kv_manager import KVManager
 from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
-from shoal.engine.request import BlockId, FinishReason, Request, RequestId, RequestOutput, RequestTimes
+from shoal.engine.request import (
+    NO_DRAFTS,
+    BlockId,
+    DraftCounts,
+    FinishReason,
+    Request,
+    RequestId,
+    RequestOutput,
+    RequestTimes,
+    TokenLogprobs,
+)
+from shoal.engine.scheduling.beam_search import BeamGroup
 from shoal.engine.scheduling.waiting_queue import OrderKey, WaitingQueue
+from shoal.engine.speculation.speculator import Speculator
 from shoal.engine.step_time import StepTime, StepWork
 
 # A NamedTuple's own constructor is a Python function; these two are called for every request in every step.
@@ -41,6 +53,7 @@ class SchedulerCounters:
     generation_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
+    drafts: DraftCounts = NO_DRAFTS
 
 
 @dataclass(slots=True)
@@ -71,6 +84,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         spacing: int = 1,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert max_step_tokens >= max_running_requests, "every running request needs a token a step"
@@ -81,12 +95,17 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._spacing = spacing
+        self._speculator = speculator
         self._clock = clock
         self._running: dict[RequestId, Request] = {}  # in order of admission
         self._forks: dict[RequestId, list[Request]] = {}  # by the request whose prompt they wait for
+        self._beams: dict[RequestId, BeamGroup] = {}  # by each of its requests, and the one that it began with
+        # Requests that run and have blocks, but that the ranks do not know: forked beams, with what is to be copied.
+        self._born: dict[RequestId, tuple[tuple[BlockId, BlockId], ...]] = {}
         self._forgotten: list[RequestId] = []  # the ranks still hold these
         self._step = 0
         self._retired_step = 0
+        self._last_draft_step = 0  # the last step that verifies drafts, or lets them be made
         self.counters = SchedulerCounters()
 
     # -- requests in and out -----------------------------------------------------------------------------------
@@ -108,6 +127,8 @@ class Scheduler:
         wanted = num_prompt + params.max_tokens if params.max_tokens is not None else self._max_model_len
         request.max_known = min(wanted, self._max_model_len)
         request.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        if params.use_beam_search:
+            self._beams[request.request_id] = BeamGroup(request)
         source = self._find(request.fork_of) if request.fork_of is not None else None
         if source is not None and source.first_token_s is None:
             self._waiting.arrive(request, num_tokens=1)
@@ -122,6 +143,8 @@ class Scheduler:
 
     def abort(self, request_id: RequestId) -> Request | None:
         """Forget a request wherever it is. Its blocks are free at once, or when the step in flight retires."""
+        if (group := self._beams.get(request_id)) is not None:
+            return self._abort_beams(group)
         request = self._running.pop(request_id, None)
         if request is not None:
             self._leave(request)
@@ -129,6 +152,7 @@ class Scheduler:
             request = self._waiting.remove(request_id) or self._remove_fork(request_id)
         if request is not None:
             self._wake_forks(request_id)
+            self._forget_drafts(request)
             request.finish_reason = FinishReason.ABORT
             self.counters.finished += 1
         return request
@@ -154,29 +178,41 @@ class Scheduler:
         """What the next step computes: a token of every request that has but one to compute, then prompts, running or
         new, as far as the budget goes.
 
-        The plan is empty where all that could be computed is in flight already.
+        The plan is empty where all that could be computed is in flight already, or waits for tokens to guess from.
         """
+        if self._waits_for_tokens():
+            return StepPlan(self._step)
         self._step += 1
         num_preemptions = self.counters.preemptions
         most = self._fair_share()
         entries, chunked = self._plan_decoding(self._step - self._spacing, most)
-        admission = Admission(self._max_step_tokens - len(entries), most - len(entries))
+        num_decode = len(entries) + self._add_drafts(entries)
+        admission = Admission(self._max_step_tokens - num_decode, most - len(entries))
         # Blocks that a preemption freed are for those who ran short, not for the victim again.
         admission.is_over = self.counters.preemptions > num_preemptions
-        num_tokens = len(entries) + self._plan_prompts(chunked, entries, admission)
+        num_tokens = num_decode + self._plan_prompts(chunked, entries, admission)
+        born, copies = self._introduce(entries) if num_tokens else ((), ())
         plan = StepPlan(
             step=self._step,
-            new=tuple(admission.new),
+            new=(*born, *admission.new),
             continued=tuple(entries.values()),
             finished=tuple(self._forgotten),
-            copies=tuple(admission.copies),
+            copies=(*copies, *admission.copies),
             num_tokens=num_tokens,
         )
         if plan.is_empty:
             self._step -= 1
+            if self._beams and self.counters.preemptions == num_preemptions:
+                self._make_room()
         else:
             self._forgotten.clear()
         return plan
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether the next plan should know the tokens of all steps that are not in other pipeline stages meanwhile."""
+        if self._speculator is None or self._retired_step > self._step - self._spacing:
+            return False
+        return self._last_draft_step > self._retired_step or self._speculator.wants_tokens
 
     def _fair_share(self) -> int:
         """Requests that one step may decode or admit: dealt over as many steps as there are stages, so that none of
@@ -202,6 +238,40 @@ class Scheduler:
             elif num_decoding < most and self._continue(request, 1, entries):
                 num_decoding += 1
         return entries, self._in_turn(chunked)
+
+    def _add_drafts(self, entries: dict[RequestId, ContinuedRequest]) -> int:
+        """Let requests that decode have drafts verified, and new ones made, where that pays; the answer is the tokens.
+
+        Drafts take blocks that are to spare, and preempt nobody.
+        """
+        if self._speculator is None:
+            return 0
+        requests = [
+            self._running[entry.request_id]
+            for entry in entries.values()
+            if not entry.num_pending and entry.request_id not in self._beams
+        ]
+        drafts = self._speculator.choose(requests, len(entries), self._max_step_tokens - len(entries))
+        num_to_draft = self._speculator.choose_rounds(requests)
+        num_tokens = 0
+        for request_id in drafts.keys() | num_to_draft.keys():
+            request, entry = self._running[request_id], entries[request_id]
+            start, draft_ids = request.num_planned, drafts.get(request_id, ())
+            self._kv.grow_to_spare(request, start + len(draft_ids) + num_to_draft.get(request_id, 0))
+            draft_ids = draft_ids[: request.num_slots - start]
+            num_tokens += len(draft_ids)
+            entries[request_id] = entry._replace(
+                num_new=entry.num_new + len(draft_ids),
+                new_block_ids=entry.new_block_ids + self._kv.take_unsent(request_id),
+                draft_ids=draft_ids,
+                num_to_draft=num_to_draft.get(request_id, 0),
+            )
+            self._last_draft_step = self._step
+        return num_tokens
+
+    def _forget_drafts(self, request: Request) -> None:
+        if self._speculator is not None:
+            self._speculator.forget(request)
 
     def _in_turn(self, chunked: list[Request]) -> list[Request]:
         """Running requests that are not through with their prompts, as the policy has them."""
@@ -242,7 +312,7 @@ class Scheduler:
         known, sent = request.num_known, request.num_sent
         # The short way is for a request that decodes: 256 calls a step.
         tokens = (request.output_ids[-1],) if sent + 1 == known else request.known_ids(sent, known)
-        entries[request_id] = _continued((request_id, start, num_new, tokens, new_blocks, expected - known))
+        entries[request_id] = _continued((request_id, start, num_new, tokens, new_blocks, expected - known, (), 0))
         request.num_sent = expected
         request.last_step = self._step
         request.num_planned = end
@@ -264,10 +334,12 @@ class Scheduler:
         request.num_planned = self._kv.refresh_cached(request)
         request.num_preemptions += 1
         self.counters.preemptions += 1
-        self._waiting.push(request)
+        if not self._has_reported(request):
+            self._waiting.push(request)
 
     def _leave(self, request: Request) -> None:
-        self._forgotten.append(request.request_id)
+        if self._born.pop(request.request_id, None) is None:
+            self._forgotten.append(request.request_id)
         after_step = request.last_step if self._is_in_flight(request) else None
         self._kv.release(request.request_id, after_step=after_step)
 
@@ -298,6 +370,7 @@ class Scheduler:
             admission.budget > 0
             and len(admission.new) < admission.most
             and len(self._running) < self._max_running
+            and (not self._beams or self._has_place(request))
             and not self._is_in_flight(request)  # preempted: its last step is not over yet
         )
 
@@ -341,33 +414,63 @@ class Scheduler:
         assert plan.step == result.step, (plan.step, result.step)
         self._retired_step = plan.step
         self._kv.retire(plan.step)
+        if self._speculator is not None:
+            self._speculator.take_guesses(result.draft_ids)
         outputs = [
-            self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, result) for new in plan.new
+            self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, (), result) for new in plan.new
         ]
-        for request_id, num_computed, num_new, _, _, _ in plan.continued:
-            outputs.append(self._advance(request_id, num_computed + num_new, num_new, result))
+        for request_id, num_computed, num_new, _, _, _, draft_ids, _ in plan.continued:
+            outputs.append(self._advance(request_id, num_computed + num_new, num_new, draft_ids, result))
         sampled = [output for output in outputs if output is not None]
+        for group in dict.fromkeys(self._beams.values()):
+            if group.is_complete:
+                sampled += self._go_on(group)
         self.counters.generation_tokens += sum([len(output.token_ids) for output in sampled])
         return sampled
 
-    def _advance(self, request_id: RequestId, end: int, num_new: int, result: StepResult) -> RequestOutput | None:
-        """Positions up to `end` are computed now, `num_new` of them new; take in what was sampled after them."""
-        request = self._running.get(request_id)
-        if request is not None:
+    def _advance(
+        self, request_id: RequestId, end: int, num_new: int, draft_ids: tuple[int, ...], result: StepResult
+    ) -> RequestOutput | None:
+        """Positions up to `end` are computed now, `num_new` of them new and the last of them guesses; take in what was
+        sampled.
+        """
+        running = self._running.get(request_id)
+        request = running or self._waiting.get(request_id)  # preempted while the step ran: its tokens count
+        if request is None:
+            return None  # finished or aborted meanwhile
+        token_ids = result.token_ids.get(request_id, ())
+        is_beam = request_id in self._beams
+        if token_ids and not is_beam:
+            token_ids = self._append(request, token_ids)
+            if self._speculator is not None:
+                self._observe_drafts(request, token_ids, len(draft_ids))
+        if running is not None:
+            if draft_ids:
+                # What was rejected, or comes after the end, has no KV; its slots are for the tokens to come.
+                end = request.num_planned = request.num_known - 1
+                request.num_expected = request.num_known
             request.num_computed = end
             if num_new > 1 or end % self._kv.block_size == 0:
                 self._kv.commit(request)
-        else:
-            request = self._waiting.get(request_id)  # preempted while the step ran: its token counts
-            if request is None:
-                return None  # finished or aborted meanwhile
-        token_ids = result.token_ids.get(request_id)
+        elif draft_ids:
+            self._waiting.expect(request, request.num_known)
         if not token_ids:
             return None
-        logprobs = result.logprobs.get(request_id, ()) if result.logprobs else ()
+        if is_beam:
+            return self._report(request, result.logprobs[request_id][0])
+        logprobs = result.logprobs.get(request_id, ())[: len(token_ids)] if result.logprobs else ()
+        if request.finish_reason is None:
+            return _output((request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None))
+        times = self._finish(request)
+        return RequestOutput(
+            request_id, token_ids, logprobs, request.finish_reason, request.num_cached_tokens, times=times
+        )
+
+    def _append(self, request: Request, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Take in what was sampled up to where the request ends; the answer is that."""
         if request.first_token_s is None:
             request.first_token_s = self._clock()
-            self._wake_forks(request_id)
+            self._wake_forks(request.request_id)
         for count, token in enumerate(token_ids, start=1):
             request.output_ids.append(token)
             request.num_known = known = request.num_known + 1
@@ -377,24 +480,167 @@ class Scheduler:
                 request.finish_reason = FinishReason.LENGTH
             else:
                 continue
-            times = self._finish(request)
-            return RequestOutput(
-                request_id,
-                token_ids[:count],
-                logprobs[:count],
-                request.finish_reason,
-                request.num_cached_tokens,
-                times=times,
-            )
-        return _output((request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None))
+            return token_ids[:count]
+        return token_ids
+
+    def _observe_drafts(self, request: Request, token_ids: tuple[int, ...], num_drafted: int) -> None:
+        assert self._speculator is not None
+        self._speculator.observe(request, token_ids)
+        if num_drafted:
+            num_accepted = min(num_drafted, len(token_ids) - 1)
+            request.drafts = request.drafts.plus(num_drafted, num_accepted)
+            self.counters.drafts = self.counters.drafts.plus(num_drafted, num_accepted)
 
     def _finish(self, request: Request) -> RequestTimes:
         if self._running.pop(request.request_id, None) is not None:
             self._leave(request)
         else:
             self._waiting.remove(request.request_id)
+        self._forget_drafts(request)
         self.counters.finished += 1
         return request_times(request, self._clock())
+
+    # -- beam search -------------------------------------------------------------------------------------------
+
+    def _report(self, request: Request, logprobs: TokenLogprobs) -> RequestOutput | None:
+        """A beam knows what may follow. The first one tells outside that the prompt is computed."""
+        self._beams[request.request_id].report(request.request_id, logprobs)
+        self._waiting.remove(request.request_id)  # preempted meanwhile: it waits for the others now
+        if request.first_token_s is not None:
+            return None
+        request.first_token_s = self._clock()
+        self._wake_forks(request.request_id)
+        return RequestOutput(request.request_id, (), num_cached_tokens=request.num_cached_tokens)
+
+    def _has_place(self, request: Request) -> bool:
+        """Whether the places that searches under way may yet need for their beams leave one for this request, or, if it
+        begins a search, for all beams of that. A beam without a place would hold up the others.
+        """
+        own = self._beams.get(request.request_id)
+        if not self._running or (own is not None and own.is_started):
+            return True
+        groups = dict.fromkeys(group for group in self._beams.values() if group.is_started)
+        num_beams = sum([request_id in self._running for group in groups for request_id in group.request_ids])
+        num_taken = len(self._running) - num_beams + sum([group.root.params.width for group in groups])
+        return num_taken + (1 if own is None else request.params.width) <= self._max_running
+
+    def _has_reported(self, request: Request) -> bool:
+        """Whether it is a beam that waits for others."""
+        group = self._beams.get(request.request_id)
+        return group is not None and group.has_reported(request.request_id)
+
+    def _go_on(self, group: BeamGroup) -> list[RequestOutput]:
+        """A token more for beams that have all reported, or the results if it was the last."""
+        offspring = group.advance()
+        for request in offspring.gone:
+            self._drop_beam(request, group)
+        if group.search.is_over:
+            return self._finish_beams(group)
+        for fork, parent in offspring.forks:
+            self._beams[fork.request_id] = group
+            self._place_fork(fork, parent)
+        for heir in offspring.heirs:
+            if heir.request_id not in self._running:
+                self._queue_beam(heir)
+        return []
+
+    def _place_fork(self, fork: Request, parent: Request) -> None:
+        """Onto the blocks of the beam that it comes from, if those are there and one more is, and into the queue if
+        not.
+        """
+        copies = None
+        if parent.request_id in self._running and len(self._running) < self._max_running:
+            copies = self._kv.fork(fork, parent.request_id, is_growth=True)
+        if copies is None:
+            self._queue_beam(fork)
+        else:
+            self._running[fork.request_id] = fork
+            self._born[fork.request_id] = copies
+
+    def _queue_beam(self, request: Request) -> None:
+        """A beam without blocks has a token to compute."""
+        request.num_computed = 0
+        request.num_planned = self._kv.refresh_cached(request)
+        self._waiting.push(request)
+
+    def _introduce(
+        self, entries: dict[RequestId, ContinuedRequest]
+    ) -> tuple[list[NewRequest], list[tuple[BlockId, BlockId]]]:
+        """Take forked beams out of the entries, for the ranks have to be told all of them. Copies are made at once, for
+        those that are not planned yet too: later the beam that they come from may have lost its blocks.
+        """
+        copies = [pair for pairs in self._born.values() for pair in pairs]
+        new = []
+        for request_id in tuple(self._born):
+            entry = entries.pop(request_id, None)
+            if entry is None:
+                self._born[request_id] = ()
+                continue
+            del self._born[request_id]
+            request = self._running[request_id]
+            new.append(
+                NewRequest(
+                    request_id,
+                    entry.new_token_ids,
+                    len(request.prompt_ids),
+                    entry.num_computed,
+                    entry.num_new,
+                    entry.new_block_ids + self._kv.take_unsent(request_id),
+                    request.params,
+                    request.seed,
+                    request.stream,
+                )
+            )
+        return new, copies
+
+    def _make_room(self) -> None:
+        """If nothing is in flight and nothing could be planned, all that run are beams that wait for one that finds no
+        room. The last of them in turn gives up its blocks: what it reported stays, so that the others get on.
+        """
+        if self._running and self._retired_step == self._step:
+            self._preempt(max(self._running.values(), key=self._waiting.key))
+
+    def _drop_beam(self, request: Request, group: BeamGroup) -> None:
+        if self._running.pop(request.request_id, None) is not None:
+            self._leave(request)
+        else:
+            self._waiting.remove(request.request_id)
+        if request is not group.root:
+            self._beams.pop(request.request_id, None)
+
+    def _end_beams(self, group: BeamGroup, reason: FinishReason) -> None:
+        for request in group.requests:
+            self._drop_beam(request, group)
+        del self._beams[group.root.request_id]
+        group.root.finish_reason = reason
+
+    def _finish_beams(self, group: BeamGroup) -> list[RequestOutput]:
+        root = group.root
+        root.num_preemptions = group.num_preemptions
+        times = request_times(root, self._clock())
+        outputs = []
+        for request_id, hypothesis in zip(root.result_ids, group.search.finished, strict=False):
+            token_ids, logprobs = hypothesis.tokens()
+            outputs.append(
+                RequestOutput(
+                    request_id,
+                    token_ids,
+                    logprobs if root.params.logprobs is not None else (),
+                    FinishReason.STOP if token_ids[-1] in root.end_ids else FinishReason.LENGTH,
+                    root.num_cached_tokens,
+                    times=replace(times, num_output_tokens=len(token_ids)),
+                )
+            )
+        assert len(outputs) == root.params.n, (len(outputs), root.params)
+        self._end_beams(group, FinishReason.STOP)
+        self.counters.finished += len(outputs)
+        return outputs
+
+    def _abort_beams(self, group: BeamGroup) -> Request:
+        self._end_beams(group, FinishReason.ABORT)
+        self._wake_forks(group.root.request_id)
+        self.counters.finished += 1
+        return group.root
 
     # -- many steps at once ------------------------------------------------------------------------------------
 
@@ -404,7 +650,13 @@ class Scheduler:
         `leap` takes them at once.
         """
         decoding, prompt, budget = self._alike()
-        if self._spacing > 1 or self._retired_step != self._step or not self._kv.can_leap or not self._running:
+        if (
+            self._speculator is not None
+            or self._spacing > 1
+            or self._retired_step != self._step
+            or not self._kv.can_leap
+            or not self._running
+        ):
             return 0
         if any(request.first_token_s is None or LEAP_TOKEN in request.end_ids for request in decoding):
             return 0
@@ -515,7 +767,7 @@ class Scheduler:
         """Assert what must hold between steps (a self-audit, run when idle)."""
         self._kv.check()
         assert all(self._kv.holds(request_id) for request_id in self._running)
-        assert all(request.num_computed < request.num_known for request in self._running.values())
+        assert all(each.num_computed < each.num_known or self._has_reported(each) for each in self._running.values())
         if not self.has_work and self._retired_step == self._step:
             assert self._kv.num_free_blocks == self._kv.num_usable_blocks
 
@@ -531,4 +783,5 @@ def request_times(request: Request, now: float) -> RequestTimes:
         num_cached_tokens=request.num_cached_tokens,
         num_preemptions=request.num_preemptions,
         max_tokens=request.params.max_tokens,
+        drafts=request.drafts,
     )

@@ -67,6 +67,11 @@ class WaitingQueue:
         self._waiting[request.request_id] = request
         self.num_tokens += request.num_remaining
 
+    def expect(self, request: Request, num_tokens: int) -> None:
+        """A waiting request has `num_tokens` known tokens now. Its place stays."""
+        self.num_tokens += num_tokens - request.num_expected
+        request.num_expected = num_tokens
+
     def peek(self) -> Request | None:
         while self._heap:
             request = self._heap[0][2]

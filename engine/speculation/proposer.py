@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from shoal.engine.request import Request
@@ -12,7 +11,7 @@ NUM_LEVELS = 16
 
 class Draft(NamedTuple):
     """Guesses in order. levels[i], 0 to NUM_LEVELS - 1, says how sure the proposer is that token_ids[i] is right if all
-    before it are: higher is surer. What a level is worth is measured (`acceptance.py`), so it only has to be consistent.
+    before it are: higher is surer. What a level is worth is measured (`acceptance.py`).
     """
 
     token_ids: tuple[int, ...]
@@ -23,11 +22,11 @@ NO_DRAFT = Draft((), ())
 
 
 class Proposer(Protocol):
-    """Guesses the next tokens of requests. A guess may be wrong or absent, never expensive: `propose` is called for every
+    """Guesses the next tokens of requests. A guess may be wrong or absent, never expensive: `propose` is called for each
     decoding request in every step that speculates, and takes microseconds.
 
-    A request that was proposed for is in the proposer's memory until `forget`. Its known tokens only grow, by any number
-    between two calls; with the first call all of them are new.
+    A request that was proposed for is in the proposer's memory until `forget`. Its known tokens only grow, by any
+    number between two calls; with the first call all of them are new.
     """
 
     def propose(self, request: Request, most: int) -> Draft:

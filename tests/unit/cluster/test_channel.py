@@ -37,6 +37,7 @@ from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfi
 from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import (
+    DraftCounts,
     FinishReason,
     RequestError,
     RequestId,
@@ -66,7 +67,7 @@ MODEL = ModelConfig(
 
 
 class CountingDevice:
-    """Answers each request with 1, 2, 3, ...; a step takes `step_s`."""
+    """Answers each request with 1, 2, 3, ...; a step takes `step_s`. To a beam the next numbers are less likely."""
 
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
@@ -75,6 +76,7 @@ class CountingDevice:
         self._plans: deque[StepPlan] = deque()
         self._known: dict[RequestId, int] = {}
         self._next: dict[RequestId, int] = {}
+        self._num_reported: dict[RequestId, int] = {}
 
     def start(self) -> ExecutorInfo:
         rank = RankInfo(0, 0, "here", 1, "fake", first_layer=0, num_layers=1, weight_bytes=0, kv_bytes=0)
@@ -98,16 +100,22 @@ class CountingDevice:
             raise self.error
         self.num_steps += 1
         tokens: dict[RequestId, tuple[int, ...]] = {}
+        logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
         for new in plan.new:
             self._known[new.request_id] = len(new.token_ids)
             self._next[new.request_id] = 1 + len(new.token_ids) - new.num_prompt_tokens
+            self._num_reported[new.request_id] = new.params.num_reported or 0
         for entry in plan.continued:
             self._known[entry.request_id] += len(entry.new_token_ids)
         for entry in (*plan.new, *plan.continued):
             if entry.num_computed + entry.num_new == self._known[entry.request_id]:
-                tokens[entry.request_id] = (self._next[entry.request_id],)
+                token, count = self._next[entry.request_id], self._num_reported[entry.request_id]
+                tokens[entry.request_id] = (token,)
                 self._next[entry.request_id] += 1
-        return StepResult(plan.step, tokens)
+                if count:
+                    top = tuple(-0.1 * (1 + i * i) for i in range(count))
+                    logprobs[entry.request_id] = (TokenLogprobs(top[0], 1, tuple(range(token, token + count)), top),)
+        return StepResult(plan.step, tokens, logprobs)
 
 
 class LocalResponse:
@@ -198,6 +206,30 @@ async def test_every_call_gets_all_its_tokens_in_order(rig: Rig) -> None:
 async def test_samples_of_a_call_come_apart_and_complete(rig: Rig) -> None:
     answer = await tokens_of(rig.backend, call("c", 6, n=3))
     assert answer == {f"c-{i}": [1, 2, 3, 4, 5, 6] for i in range(3)}
+
+
+async def test_beams_of_a_call_come_at_its_end_and_count_as_its_samples(rig: Rig) -> None:
+    params = SamplingParams(max_tokens=6, n=2, best_of=4, use_beam_search=True, seed=1)
+    asked = GenerateCall("c", (7, 8, 9), params)
+    steps = [outputs async for outputs in rig.backend.generate(asked)]
+    assert [[output.token_ids for output in outputs] for outputs in steps[:-1]] == [[()]]
+    best, second = steps[-1]
+    assert (best.request_id, best.token_ids) == ("c-0", (1, 2, 3, 4, 5, 6))
+    assert (second.request_id, len(second.token_ids)) == ("c-1", 6)
+    assert second.token_ids != best.token_ids
+    metrics = {point.metric: point.value for point in rig.calls.snapshot() if not point.labels}
+    assert metrics["vllm:generation_tokens"] == 12
+    assert metrics["vllm:request_generation_tokens"].sum == 12  # type: ignore[union-attr]
+    assert rig.calls.prompts.prompts_total == 1
+
+
+async def test_a_cancelled_call_frees_its_beams(rig: Rig) -> None:
+    params = SamplingParams(max_tokens=200, n=2, best_of=4, use_beam_search=True, seed=1)
+    stream = rig.backend.generate(GenerateCall("c", (7, 8, 9), params))
+    await anext(stream)
+    await rig.until_running(4)
+    await stream.aclose()
+    await rig.until_running(0)
 
 
 async def test_one_message_per_step_however_many_calls(rig: Rig) -> None:
@@ -385,6 +417,7 @@ outputs = st.builds(
     | st.builds(
         RequestTimes, numbers, st.none() | numbers, st.none() | numbers, numbers, token_ids, token_ids, token_ids,
         token_ids, st.none() | token_ids,
+        st.builds(DraftCounts, token_ids, token_ids, st.lists(token_ids, max_size=4).map(tuple)),
     ),
 )  # fmt: skip
 

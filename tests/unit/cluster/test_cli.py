@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +21,16 @@ from shoal.cluster.commands.serve import announcement, base_url, check_port
 from shoal.cluster.gateway.responses import encode
 from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
-from shoal.engine.config import ConfigError
+from shoal.engine.config import ConfigError, SpeculativeOptions
 from shoal.engine.executor import RankInfo
-from shoal.engine.request import EngineStats
+from shoal.engine.request import NO_DRAFTS, EngineStats
 
 RANKS = (
     RankInfo(0, 0, "10.0.0.1", 11, "AMD EPYC", 0, 15, weight_bytes=2**20, kv_bytes=2**21),
     RankInfo(1, 0, "10.0.0.2", 12, "AMD EPYC", 15, 15, weight_bytes=2**22, kv_bytes=2**21),
 )
+
+DRAFTS = NO_DRAFTS.plus(num_drafted=5, num_accepted=3)
 
 
 class FakeServer(BaseHTTPRequestHandler):
@@ -37,7 +40,7 @@ class FakeServer(BaseHTTPRequestHandler):
     groups: tuple[GroupStatus, ...] = (GroupStatus("running", "0", num_blocks=9, block_size=16, ranks=RANKS),)
 
     def do_GET(self) -> None:
-        metrics = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(num_running=2))})
+        metrics = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(num_running=2, drafts=DRAFTS))})
         answers = {
             "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 64}]}),
             "/status": encode({"models": [{"name": "m", "max_model_len": 64, "groups": self.groups}]}).decode(),
@@ -100,6 +103,28 @@ def test_arguments_become_configuration() -> None:
     assert model.nodes.labels == {"zone": "a", "ray.io/accelerator-type": "H100"}
 
 
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("ngram", SpeculativeOptions(method="ngram")),
+        (
+            "method=suffix,num_speculative_tokens=4,adaptive=false",
+            SpeculativeOptions(method="suffix", num_speculative_tokens=4, adaptive=False),
+        ),
+    ],
+)
+def test_speculation_is_a_method_or_settings(argument: str, options: SpeculativeOptions) -> None:
+    config = cli.serve_config(cli.build_parser().parse_args(["serve", "--speculative", argument]))
+    assert config.models[0].options("m").speculative == options
+
+
+def test_a_draft_model_on_the_command_line_is_relative_to_the_current_folder() -> None:
+    arguments = ["serve", "--speculative", "method=draft_model,model=draft.gguf"]
+    (model,) = cli.serve_config(cli.build_parser().parse_args(arguments)).models
+    assert model.speculative is not None
+    assert model.speculative.model == str(Path.cwd() / "draft.gguf")
+
+
 def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--node-labels", "zone"])
@@ -115,6 +140,8 @@ def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
         (["--stages", "near"], "models[0].nodes.stages"),
+        (["--speculative", "magic"], "models[0].speculative.method"),
+        (["--speculative", "method=draft_model,model=no/such/draft"], "speculative.model: there is no"),
         (["--routing", "best"], "there is no routing policy 'best'"),
         (["--tensor-parallel", "4"], "4 tensor ranks cannot share 9 heads with 3 KV heads"),
     ],
@@ -190,6 +217,7 @@ def test_status_shows_every_rank_of_every_group(url: str, capsys: pytest.Capture
     assert cli.main(["status", "--url", url]) == 0
     shown = capsys.readouterr().out
     assert "replica 0: 144 KV tokens, 0.0% used; 2 running" in shown
+    assert "3 of 5 drafts accepted" in shown
     assert "stage 1 rank 0: 10.0.0.2 pid 12, AMD EPYC, layers 15-29, weights 4 MiB, KV 2 MiB" in shown
 
 

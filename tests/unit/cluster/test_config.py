@@ -15,7 +15,7 @@ from shoal.cluster.config import (
     override,
     parse_config,
 )
-from shoal.engine.config import ConfigError
+from shoal.engine.config import ConfigError, SpeculativeOptions
 
 
 def write(folder: Path, text: str) -> str:
@@ -62,6 +62,7 @@ models:
       async_scheduling: false
       step_timeout: 60
       heartbeat_timeout: 2.5
+    speculative: {method: suffix, num_speculative_tokens: 12, prompt_lookup_min: 3, adaptive: false}
     resources: {num_cpus: 4, num_gpus: 0}
     max_ongoing_requests: 64
     max_queued_requests: 10
@@ -80,6 +81,9 @@ ray: {address: auto}
     assert (options.scheduling_policy, options.max_running_requests, options.num_threads) == ("priority", 7, 4)
     assert (options.tensor_parallel, options.pipeline_parallel, options.stage_layers) == (2, 3, (10, 11, 9))
     assert (options.async_scheduling, options.step_timeout_s, options.heartbeat_timeout_s) == (False, 60.0, 2.5)
+    assert options.speculative == SpeculativeOptions(
+        method="suffix", num_speculative_tokens=12, prompt_lookup_min=3, adaptive=False
+    )
     assert model.nodes.labels == ({"zone": "a"}, {"zone": "b"}, {"gpu": "!T4"})
     assert model.nodes.stages == "strict_spread"
     assert config.http.max_body_bytes == 2**20
@@ -108,6 +112,14 @@ ray: {address: auto}
             "models: [{nodes: {stages: diagonal}}]",
             r"nodes\.stages: input should be 'pack', 'spread' or 'strict_spread'",
         ),
+        ("models: [{speculative: magic}]", r"speculative\.method: input should be 'ngram', 'suffix' or 'draft_model'"),
+        ("models: [{speculative: {method: ngram, modle: a}}]", r"speculative\.modle: .*did you mean 'model'\?"),
+        ("models: [{speculative: {method: ngram, model: a}}]", r"\[0\]\.speculative: .*no other method takes one"),
+        (
+            "models: [{speculative: {method: ngram, num_speculative_tokens: 65}}]",
+            r"models\[0\]\.speculative: num_speculative_tokens must be between 1 and 64, got 65",
+        ),
+        ("models: [{autoscaling: {max: 2}}]", r"models\[0\]\.autoscaling\.max: unknown key"),
         ("http: {port: 70000}", r"http\.port: .*65535, got 70000"),
         ("http: {port: eighty}", r"http\.port: .*got 'eighty'"),
         ("gateways: 0", r"gateways: .*got 0"),
@@ -174,6 +186,24 @@ def test_a_policys_name_alone_is_the_policy_without_options() -> None:
         parse_config({"models": [{"routing": {"option": {}}}]})
 
 
+def test_a_methods_name_alone_is_the_method_as_it_is_by_default() -> None:
+    named = parse_config({"models": [{"speculative": "ngram"}]})
+    assert named == parse_config({"models": [{"speculative": {"method": "ngram"}}]})
+    assert named.models[0].options("m").speculative == SpeculativeOptions(method="ngram")
+    assert ClusterConfig().models[0].options("m").speculative is None
+
+
+def test_a_draft_model_is_found_as_the_model_itself_is(tmp_path: Path) -> None:
+    (tmp_path / "draft.gguf").write_bytes(b"GGUF")
+    text = "models: [{model: big.gguf, speculative: {method: draft_model, model: %s}}]"
+    for name, found in (("draft.gguf", str(tmp_path / "draft.gguf")), (EMBEDDED_MODEL, locate_model(EMBEDDED_MODEL))):
+        speculative = load_config(write(tmp_path, text % name)).models[0].options("m").speculative
+        assert speculative == SpeculativeOptions(method="draft_model", model=found)
+    absent = load_config(write(tmp_path, text % "gone.gguf")).models[0]
+    with pytest.raises(ConfigError, match=r"speculative\.model: there is no .*gone\.gguf"):
+        absent.options("m")
+
+
 def test_overrides_are_checked_like_the_file() -> None:
     config = override(ClusterConfig(), {"http.port": 9001, "models.0.engine.kv_memory": "1GiB", "gateways": None})
     assert (config.http.port, config.models[0].engine.kv_memory, config.gateways) == (9001, 2**30, 1)
@@ -182,5 +212,5 @@ def test_overrides_are_checked_like_the_file() -> None:
 
 
 def test_a_config_survives_being_plain_data() -> None:
-    config = override(ClusterConfig(), {"models.0.engine.kv_memory": "1GiB"})
+    config = override(ClusterConfig(), {"models.0.engine.kv_memory": "1GiB", "models.0.speculative": "suffix"})
     assert parse_config(config.model_dump()) == config

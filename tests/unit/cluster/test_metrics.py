@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal.cluster import metrics
 from shoal.cluster.metrics import Distribution, Histogram, HttpMetrics, ReplicaMetrics, Snapshot, render
 from shoal.engine.request import (
+    NO_DRAFTS,
     EngineStats,
     FinishReason,
     Request,
@@ -42,6 +43,9 @@ VLLM_NAMES = (
     "vllm:request_generation_tokens",
     "vllm:request_params_n",
     "vllm:request_params_max_tokens",
+    "vllm:spec_decode_num_drafts",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
     "vllm:cache_config_info",
 )
 
@@ -86,6 +90,18 @@ def test_labels_are_those_of_vllm() -> None:
     assert 'vllm:num_requests_running{engine="0",model_name="m"} 3.0' in text
     assert 'vllm:cache_config_info{block_size="16",engine="0",model_name="m",num_gpu_blocks="9"} 1.0' in text
     assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 0.0' in text
+
+
+def test_drafts_are_counted_by_position() -> None:
+    drafts = NO_DRAFTS.plus(num_drafted=3, num_accepted=2).plus(num_drafted=2, num_accepted=1)
+    text = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(drafts=drafts))})
+    of = 'engine="0",model_name="m"'
+    assert f"vllm:spec_decode_num_drafts_total{{{of}}} 2.0" in text
+    assert f"vllm:spec_decode_num_draft_tokens_total{{{of}}} 5.0" in text
+    assert f"vllm:spec_decode_num_accepted_tokens_total{{{of}}} 3.0" in text
+    for position, count in enumerate((2.0, 1.0, 0.0)):
+        of = f'engine="0",model_name="m",position="{position}"'
+        assert f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{of}}} {count}" in text
 
 
 def test_many_replicas_make_one_family_each() -> None:

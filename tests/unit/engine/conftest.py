@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,10 @@ import pytest
 from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, resolve
 from shoal.engine.core import EngineCore
 from shoal.engine.executor import ExecutorInfo, RankInfo
-from shoal.engine.plan import StepPlan, StepResult
-from shoal.engine.request import Request, RequestId, RequestOutput, SamplingParams
+from shoal.engine.plan import ContinuedRequest, StepPlan, StepResult
+from shoal.engine.request import MAX_LOGPROBS, Request, RequestId, RequestOutput, SamplingParams, TokenLogprobs
+from shoal.engine.scheduling.beam_search import BeamSearch
+from shoal.engine.speculation.proposer import Proposer
 
 VOCAB = 997
 
@@ -56,7 +59,7 @@ class FakeExecutor:
         self.memory: dict[tuple[int, int], int] = {}
         self.tokens: dict[RequestId, list[int]] = {}
         self.tables: dict[RequestId, list[int]] = {}
-        self.params: dict[RequestId, SamplingParams] = {}
+        self.num_reported: dict[RequestId, int] = {}
         self.plans: list[StepPlan] = []
         self.sampled: dict[RequestId, int] = {}  # what this device sampled last for each request
         self.in_flight: deque[StepPlan] = deque()
@@ -87,6 +90,7 @@ class FakeExecutor:
             assert new.request_id not in self.tokens
             self.tokens[new.request_id] = list(new.token_ids)
             self.tables[new.request_id] = list(new.block_ids)
+            self.num_reported[new.request_id] = new.params.num_reported or 0
         for entry in plan.continued:
             self.tokens[entry.request_id].extend(entry.new_token_ids)
             if entry.num_pending:
@@ -97,16 +101,22 @@ class FakeExecutor:
         assert plan.num_tokens == sum(entry.num_new for entry in entries)
         writes: set[tuple[int, int]] = set()
         result: dict[RequestId, tuple[int, ...]] = {}
+        logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
         for entry in entries:
-            token = self._compute(entry.request_id, entry.num_computed, entry.num_new, writes)
-            if token is not None:
-                result[entry.request_id] = (token,)
-                self.sampled[entry.request_id] = token
-        return StepResult(plan.step, result)
+            draft_ids = entry.draft_ids if isinstance(entry, ContinuedRequest) else ()
+            drawn = self._compute(entry.request_id, entry.num_computed, entry.num_new, draft_ids, writes)
+            if drawn:
+                result[entry.request_id] = drawn
+                self.sampled[entry.request_id] = drawn[-1]
+                if (count := self.num_reported[entry.request_id]) > 0:
+                    logprobs[entry.request_id] = (likely_tokens(tuple(self.tokens[entry.request_id]), count),)
+        return StepResult(plan.step, result, logprobs)
 
-    def _compute(self, request_id: RequestId, start: int, count: int, writes: set[tuple[int, int]]) -> int | None:
-        tokens, table = self.tokens[request_id], self.tables[request_id]
-        assert count > 0
+    def _compute(
+        self, request_id: RequestId, start: int, count: int, draft_ids: tuple[int, ...], writes: set[tuple[int, int]]
+    ) -> tuple[int, ...]:
+        tokens, table = [*self.tokens[request_id], *draft_ids], self.tables[request_id]
+        assert count > len(draft_ids)
         assert start + count <= len(tokens)
         for position in range(start, start + count):
             slot = self._slot(table, position)
@@ -117,12 +127,42 @@ class FakeExecutor:
         first_seen = 0 if self.window is None else max(0, start - self.window + 1)
         for position in range(first_seen, end):
             assert self.memory[self._slot(table, position)] == fingerprint(tuple(tokens[: position + 1]))
-        return 1 + fingerprint((*tokens, -1)) % (VOCAB - 1) if end == len(tokens) else None
+        if end < len(tokens):
+            assert not draft_ids
+            return ()
+        return self._verify(self.tokens[request_id], draft_ids)
+
+    def _verify(self, known: list[int], draft_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What is said after the known tokens, up to the first that is not as guessed."""
+        drawn: list[int] = []
+        for guess in (*draft_ids, None):
+            drawn.append(1 + fingerprint((*known, *drawn, -1)) % (VOCAB - 1))
+            if drawn[-1] != guess:
+                break
+        return tuple(drawn)
 
     def _slot(self, table: list[int], position: int) -> tuple[int, int]:
         block = table[position // self.block_size]
         assert 0 < block < self.num_blocks
         return block, position % self.block_size
+
+
+def likely_tokens(known: tuple[int, ...], count: int) -> TokenLogprobs:
+    """What the fake model finds most likely behind known tokens: some of the first 3 * count, end of text among them."""
+    numbers = random.Random(fingerprint((*known, -2)))
+    token_ids = tuple(numbers.sample(range(3 * count), count))
+    logprobs = tuple(sorted((-8.0 * numbers.random() for _ in range(count)), reverse=True))
+    return TokenLogprobs(logprobs[0], 1, token_ids, logprobs)
+
+
+def expected_beams(prompt_ids: tuple[int, ...], params: SamplingParams, max_tokens: int) -> list[list[int]]:
+    """The hypotheses about the fake model's answer."""
+    search = BeamSearch(params, frozenset((*params.stop_token_ids, *TINY_MODEL.eos_token_ids)), max_tokens)
+    beams = [prompt_ids]
+    while not search.is_over:
+        parents = search.advance([likely_tokens(beam, MAX_LOGPROBS) for beam in beams])
+        beams = [(*beams[parent], way.token_id) for parent, way in zip(parents, search.running, strict=True)]
+    return [list(hypothesis.tokens()[0]) for hypothesis in search.finished[: params.n]]
 
 
 def expected_tokens(prompt_ids: tuple[int, ...], count: int) -> list[int]:
@@ -143,11 +183,17 @@ class Harness:
     """A core over the fake device, and what came out of it."""
 
     def __init__(
-        self, num_blocks: int = 64, block_size: int = 4, *, record_kv_events: bool = False, **options: Any
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        record_kv_events: bool = False,
+        proposer: Proposer | None = None,
+        **options: Any,
     ) -> None:
         config = fake_config(block_size=block_size, **options)
         self.executor = FakeExecutor(num_blocks, block_size, window=config.model.layer_windows[0])
-        self.core = EngineCore(config, self.executor, record_kv_events=record_kv_events)
+        self.core = EngineCore(config, self.executor, record_kv_events=record_kv_events, proposer=proposer)
         self.core.start()
         self.outputs: dict[RequestId, list[int]] = {}
         self.finished: dict[RequestId, RequestOutput] = {}
@@ -162,7 +208,7 @@ class Harness:
         request = self.request(name, prompt_ids, max_tokens, **fields)
         self.core.check_request(request)
         self.core.add(request)
-        self.outputs[request.request_id] = []
+        self.outputs |= {request_id: [] for request_id in request.result_ids}
         return request
 
     def step(self) -> list[RequestOutput]:
@@ -191,6 +237,11 @@ def make_harness() -> Callable[..., Harness]:
 @pytest.fixture
 def expected() -> Callable[[tuple[int, ...], int], list[int]]:
     return expected_tokens
+
+
+@pytest.fixture
+def expected_hypotheses() -> Callable[[tuple[int, ...], SamplingParams, int], list[list[int]]]:
+    return expected_beams
 
 
 @pytest.fixture

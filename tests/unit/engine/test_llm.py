@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,36 @@ def test_samples_differ_and_seeds_repeat(llm):
     assert [o.token_ids for o in first.outputs] == [o.token_ids for o in second.outputs]
     assert len({tuple(o.token_ids) for o in first.outputs}) > 1
     assert [o.index for o in first.outputs] == [0, 1, 2, 3]
+
+
+def test_best_of_answers_the_samples_with_the_highest_mean_log_probability(llm):
+    params = SamplingParams(n=5, temperature=1.0, seed=5, max_tokens=12, logprobs=0, stop=["."])
+    (all_five,) = llm.generate(["My favourite animal is"], params)
+    means = [sum(token.logprob for token in o.logprobs) / len(o.logprobs) for o in all_five.outputs]
+    best = sorted(range(5), key=lambda i: -means[i])[:2]
+    (chosen,) = llm.generate(["My favourite animal is"], replace(params, n=2, best_of=5))
+    assert [o.token_ids for o in chosen.outputs] == [all_five.outputs[i].token_ids for i in best]
+    assert [o.logprobs for o in chosen.outputs] == [all_five.outputs[i].logprobs for i in best]
+    assert [o.index for o in chosen.outputs] == [0, 1]
+    (silent,) = llm.generate(["My favourite animal is"], replace(params, n=2, best_of=5, logprobs=None))
+    assert [o.text for o in silent.outputs] == [o.text for o in chosen.outputs]
+    assert [o.logprobs for o in silent.outputs] == [None, None]
+
+
+def test_beam_search_finds_what_transformers_finds(llm):
+    path = gguf_path()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    params = SamplingParams(n=2, best_of=4, use_beam_search=True, max_tokens=12)
+    for result in llm.generate(FACTS[:4], params, use_tqdm=False):
+        prompt = torch.tensor([result.prompt_token_ids])
+        sequences = model.eval().generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_beams=4, num_return_sequences=2, do_sample=False,
+            max_new_tokens=12, length_penalty=1.0, early_stopping=False, pad_token_id=0,
+        )  # fmt: skip
+        for output, expected in zip(result.outputs, sequences[:, prompt.shape[1] :].tolist(), strict=True):
+            assert output.token_ids == expected[: len(output.token_ids)]
+            assert output.finish_reason == ("length" if len(output.token_ids) == 12 else "stop")
+    assert llm.stats().num_free_blocks == llm.stats().num_blocks
 
 
 def test_logprobs_stand_beside_their_tokens(llm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -121,6 +122,22 @@ async def test_closing_a_stream_aborts_within_a_step(make_engine, make_harness):
     stats = engine.stats()
     assert stats.steps_total <= stopped_at + 2
     assert stats.num_free_blocks == stats.num_blocks
+
+
+async def test_a_search_ends_with_all_its_results_and_closing_it_frees_its_beams(make_engine):
+    engine = await make_engine()
+    fields = {"n": 3, "use_beam_search": True}
+    ids = (RequestId("b"), RequestId("b1"), RequestId("b2"))
+    search = replace(request("b"), params=SamplingParams(max_tokens=6, **fields), hypothesis_ids=ids)
+    outputs = [output async for output in engine.generate(search)]
+    assert [output.request_id for output in outputs] == ["b", *ids]
+    assert all(output.finish_reason is not None for output in outputs[1:])
+    endless = SamplingParams(max_tokens=200, ignore_eos=True, **fields)
+    stream = engine.generate(replace(request("b"), params=endless, hypothesis_ids=ids))
+    await anext(stream)
+    await stream.aclose()
+    await wait_until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
 
 async def test_abort_before_the_first_step(make_engine, make_harness):

@@ -13,7 +13,7 @@ import pytest
 from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, Placement, Prediction, ServedModel
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine.executor import RankInfo
-from shoal.engine.request import FinishReason, RequestOutput, TokenLogprobs
+from shoal.engine.request import NO_DRAFTS, FinishReason, RequestOutput, RequestTimes, TokenLogprobs
 from shoal.engine.tokenizer import Tokenizer
 
 MODEL = "smollm2"
@@ -29,6 +29,8 @@ class PlayedBackend:
         self.text = "The capital of France is Paris."
         self.tokens_per_step = 2
         self.num_cached_tokens = 0
+        self.drafts = NO_DRAFTS  # of each sample
+        self.sample_logprobs = [-0.5] * 64  # of each token of each sample
         self.error: Exception | None = None  # raised after `error_after` steps
         self.error_after = 0
         self.hangs_after: int | None = None
@@ -66,11 +68,12 @@ class PlayedBackend:
                     RequestOutput(
                         request_id=request_id,
                         token_ids=tuple(step),
-                        logprobs=self._logprobs(step, call),
+                        logprobs=self._logprobs(step, call, logprob),
                         finish_reason=(self.finish or reason) if is_last else None,
                         num_cached_tokens=self.num_cached_tokens,
+                        times=self._times(call, tokens) if is_last else None,
                     )
-                    for request_id in call.sample_ids
+                    for request_id, logprob in zip(call.sample_ids, self.sample_logprobs, strict=False)
                 ]
                 await asyncio.sleep(0)
         finally:
@@ -92,16 +95,30 @@ class PlayedBackend:
         if self.error is not None:
             raise self.error
 
-    def _logprobs(self, step: Sequence[int], call: GenerateCall) -> tuple[TokenLogprobs, ...]:
-        count = call.params.logprobs
+    def _times(self, call: GenerateCall, tokens: Sequence[int]) -> RequestTimes:
+        return RequestTimes(
+            arrival_s=0.0,
+            admitted_s=0.0,
+            first_token_s=0.0,
+            finished_s=0.0,
+            num_prompt_tokens=len(call.prompt_ids),
+            num_output_tokens=len(tokens),
+            num_cached_tokens=self.num_cached_tokens,
+            num_preemptions=0,
+            max_tokens=call.params.max_tokens,
+            drafts=self.drafts,
+        )
+
+    def _logprobs(self, step: Sequence[int], call: GenerateCall, logprob: float) -> tuple[TokenLogprobs, ...]:
+        count = call.params.num_reported
         if count is None:
             return ()
         return tuple(
             TokenLogprobs(
-                logprob=-0.5,
+                logprob=logprob,
                 rank=1,
                 top_ids=(token, 100, 101)[:count],
-                top_logprobs=(-0.5, -1.5, float("-inf"))[:count],
+                top_logprobs=(logprob, -1.5, float("-inf"))[:count],
             )
             for token in step
         )

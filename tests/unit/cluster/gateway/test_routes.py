@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError, ServedModel
 from shoal.cluster.gateway.routes import build_app
-from shoal.engine.request import FinishReason, RequestError
+from shoal.engine.request import DraftCounts, FinishReason, RequestError
 from shoal.engine.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -54,6 +55,22 @@ async def test_chat_answers_with_usage_of_the_tokenizer(client, backend, tokeniz
         "total_tokens": num_prompt + num_generated,
         "prompt_tokens_details": {"cached_tokens": 16},
     }
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_usage_says_what_became_of_drafts(served, backend, path) -> None:
+    backend.drafts = DraftCounts(num_steps=4, num_drafted=9, accepted_at=(3, 1, 0))
+    body = CHAT if "chat" in path else TEXT
+    app = build_app({"smollm2": replace(served, is_speculative=True)}, max_body_bytes=2**20)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        whole = await post(client, path, body, n=2)
+        events = await stream(client, path, body, n=2, stream_options={"include_usage": True})
+    assert whole["usage"]["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 8,
+        "rejected_prediction_tokens": 10,
+        "accepted_per_position": [6, 2, 0],
+    }
+    assert events[-1]["usage"] == whole["usage"]
 
 
 async def test_chat_prompt_is_the_template_without_a_second_bos(client, backend, tokenizer) -> None:
@@ -101,6 +118,36 @@ async def test_samples_are_choices(client, backend) -> None:
     (call,) = backend.calls
     assert call.params.n == 3
     assert answer["usage"]["prompt_tokens"] == len(call.prompt_ids)
+
+
+async def test_the_best_samples_are_choices_and_all_of_them_are_paid_for(client, backend) -> None:
+    backend.sample_logprobs = [-0.9, -0.1, -0.7, -0.4]
+    (plain,) = (await post(client, "/v1/completions", TEXT))["choices"]
+    answer = await post(client, "/v1/completions", TEXT, prompt=["One", "Two"], n=2, best_of=4, logprobs=0, stop=" is")
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["logprobs"]["token_logprobs"][0] for choice in answer["choices"]] == [-0.1, -0.4] * 2
+    num_tokens = len(answer["choices"][0]["logprobs"]["tokens"])
+    assert answer["usage"]["completion_tokens"] == 8 * num_tokens
+    for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
+        (choice,) = (await post(client, path, body, best_of=3))["choices"]
+        assert choice["logprobs"] is None
+    assert plain["logprobs"] is None
+    assert len(backend.calls[-1].sample_ids) == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_beams_are_choices(client, backend, path) -> None:
+    body = CHAT if "chat" in path else TEXT
+    fields = {"n": 2, "best_of": 4, "use_beam_search": True, "length_penalty": 0.5, "early_stopping": "never"}
+    answer = await post(client, path, body, **fields)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    (call,) = backend.calls
+    assert (call.params.width, call.params.length_penalty, call.params.early_stopping) == (4, 0.5, "never")
+    assert len(call.sample_ids) == 2
+    (request,) = call.requests(arrival_s=0.0)
+    assert request.result_ids == call.sample_ids
+    events = await stream(client, path, body, **fields)
+    assert {choice["index"] for event in events for choice in event["choices"]} == {0, 1}
 
 
 async def test_prompts_times_samples_are_numbered_prompt_first(client, backend, tokenizer) -> None:

@@ -23,10 +23,10 @@ def test_blocks_needed():
 
 def test_pool_limits_the_model_length(make_config):
     config = make_config(block_size=16)
-    assert check_pool(config, 11, SMOLLM2) == 160
-    assert check_pool(config, 10_000, SMOLLM2) == config.max_model_len
+    assert check_pool(config, 11) == 160
+    assert check_pool(config, 10_000) == config.max_model_len
     with pytest.raises(ConfigError, match="even one request") as caught:
-        check_pool(config, 2, SMOLLM2)
+        check_pool(config, 2)
     assert caught.value.field == "kv_memory_bytes"
 
 

@@ -30,6 +30,8 @@ def batch(params: list[SamplingParams], num_outputs: int = 0, position: int = 10
         seeds=np.full(count, seed, np.uint64),
         streams=np.zeros(count, np.uint32),
         positions=np.full(count, position, np.int64),
+        num_guessed=np.zeros(count, np.int64),
+        guesses=np.full(count, -1, np.int64),
         temperature=array("temperature", np.float32),
         top_k=array("top_k", np.int32),
         top_p=array("top_p", np.float32),

@@ -68,6 +68,8 @@ def _batch(params: Sequence[SamplingParams], step: int) -> SampleBatch:
         seeds=np.arange(len(params), dtype=np.uint64) + 7,
         streams=np.zeros(len(params), np.uint32),
         positions=np.full(len(params), 10 + step, np.int64),
+        num_guessed=np.zeros(len(params), np.int64),
+        guesses=np.full(len(params), -1, np.int64),
         temperature=array("temperature", np.float32),
         top_k=array("top_k", np.int32),
         top_p=array("top_p", np.float32),
