@@ -45,7 +45,7 @@ from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.group.coordinator import group_engine
 from shoal.engine.group.processes import ProcessLauncher
 from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
-from shoal.engine.request import DraftCounts, Request, RequestId, SamplingParams
+from shoal.engine.request import NO_DRAFTS, DraftCounts, Request, RequestId, SamplingParams
 from shoal.engine.speculation.proposer import Draft
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.worker import local_engine
@@ -169,28 +169,19 @@ class Engine:
             params = SamplingParams(max_tokens=num_new, temperature=prompt.temperature)
             request = Request(request_id, prompt.token_ids, params, prompt.seed, time.monotonic(), cache_salt=salt)
             self._core.add(request)
-        finished = []
+        finished, drafts = [], NO_DRAFTS
         while self._core.has_work:
             for output in self._core.step():
                 answers[output.request_id] += output.token_ids
+                drafts = drafts.plus(output)
                 if output.times is not None:
                     finished.append(output.times)
         last_first = max(times.first_token_s or 0.0 for times in finished)
         end = max(times.finished_s for times in finished)
-        drafts = total([times.drafts for times in finished])
         return Played(end - start, end - last_first, list(answers.values()), drafts)
 
     def close(self) -> None:
         self._core.close()
-
-
-def total(counts: Sequence[DraftCounts]) -> DraftCounts:
-    accepted_at = zip_longest(*(count.accepted_at for count in counts), fillvalue=0)
-    return DraftCounts(
-        sum(count.num_steps for count in counts),
-        sum(count.num_drafted for count in counts),
-        tuple(map(sum, accepted_at)),
-    )
 
 
 Rounds = Mapping[str, Sequence[Played]]  # by mode, one per round
@@ -269,7 +260,7 @@ def rows_of(setting: Setting, workload: str, rounds: Rounds) -> list[Row]:
     rows = []
     for mode, plays in rounds.items():
         ratios = [off.seconds / play.seconds for off, play in zip(plain, plays, strict=True)]
-        drafts = total([play.drafts for play in plays])
+        drafts = sum([play.drafts for play in plays], NO_DRAFTS)
         # The first token of each comes with its prompt; every later step gives one and what was accepted.
         num_tokens = sum(play.num_tokens - len(play.token_ids) for play in plays)
         goals = {} if mode == OFF else {"ratio": 0.97}

@@ -54,7 +54,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None  # one per token, if SamplingParams.logprobs was set
     finish_reason: str | None = None  # "stop" or "length"
     stop_string: str | None = None  # the stop string that ended it, if one did
-    drafts: DraftCounts = NO_DRAFTS  # what became of speculative drafts, when it is complete
+    drafts: DraftCounts = NO_DRAFTS  # what became of speculative drafts
 
 
 @dataclass(slots=True)
@@ -238,6 +238,7 @@ class _Sample:
         if not completion.token_ids and completion.index == 0:
             self.result.num_cached_tokens = output.num_cached_tokens
         completion.token_ids.extend(output.token_ids)
+        completion.drafts = completion.drafts.plus(output)
         if completion.logprobs is not None:
             completion.logprobs.extend(output.logprobs)
         ends = output.finish_reason is FinishReason.STOP
@@ -245,7 +246,6 @@ class _Sample:
         if not self.detokenizer.is_stopped and output.finish_reason is None:
             return False
         completion.text += self.detokenizer.finish()
-        completion.drafts = self.request.drafts
         if self.detokenizer.is_stopped:
             used = self.detokenizer.num_tokens_used
             del completion.token_ids[used:]

@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Literal, NamedTuple, NewType
 
 RequestId = NewType("RequestId", str)
@@ -244,12 +245,18 @@ class DraftCounts:
     def num_accepted(self) -> int:
         return sum(self.accepted_at)
 
-    def plus(self, num_drafted: int, num_accepted: int) -> DraftCounts:
-        """With one more step of one request."""
-        accepted_at = list(self.accepted_at) + [0] * (num_drafted - len(self.accepted_at))
-        for i in range(num_accepted):
-            accepted_at[i] += 1
-        return DraftCounts(self.num_steps + 1, self.num_drafted + num_drafted, tuple(accepted_at))
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        longer, shorter = sorted((self.accepted_at, other.accepted_at), key=len, reverse=True)
+        accepted_at = tuple(map(add, longer, shorter)) + longer[len(shorter) :]
+        return DraftCounts(self.num_steps + other.num_steps, self.num_drafted + other.num_drafted, accepted_at)
+
+    def plus(self, output: RequestOutput) -> DraftCounts:
+        """With what a step gave one request."""
+        num_drafted = output.num_drafted
+        if not num_drafted:
+            return self
+        num_accepted = min(num_drafted, len(output.token_ids) - 1)
+        return self + DraftCounts(1, num_drafted, (1,) * num_accepted + (0,) * (num_drafted - num_accepted))
 
 
 NO_DRAFTS = DraftCounts()
@@ -268,7 +275,6 @@ class RequestTimes:
     num_cached_tokens: int
     num_preemptions: int
     max_tokens: int | None
-    drafts: DraftCounts = NO_DRAFTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +315,7 @@ class RequestOutput(NamedTuple):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     error: str | None = None
     times: RequestTimes | None = None  # with the last output
+    num_drafted: int = 0  # drafts that the step verified; it accepted one less than there are token_ids
 
 
 @dataclass(slots=True, eq=False)
@@ -344,7 +351,6 @@ class Request:
     end_ids: frozenset[int] = frozenset()  # tokens that end it, once min_tokens are there
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    drafts: DraftCounts = NO_DRAFTS
     admitted_s: float | None = None
     first_token_s: float | None = None
     finish_reason: FinishReason | None = None

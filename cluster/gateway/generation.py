@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import TypeVar
 
 from shoal.cluster.gateway.backend import GenerateCall, ReplicaFailedError, ServedModel
@@ -58,7 +57,7 @@ class _Choice:
         self.index = index
         self.num_cached_tokens = 0
         self.logprobs: list[float] = []  # of the tokens that count, where they are known
-        self.drafts = NO_DRAFTS  # known with the engine's last output, which a stop string does not wait for
+        self.drafts = NO_DRAFTS
         self.is_finished = False
         self._is_first = True
         self._detokenizer = IncrementalDetokenizer(model.tokenizer, call.prompt_ids, call.params)
@@ -69,10 +68,9 @@ class _Choice:
 
     def take(self, output: RequestOutput) -> ChoiceDelta | None:
         """The delta to show for one output, None if there is nothing to show yet."""
-        if output.times is not None:
-            self.drafts = output.times.drafts
         if self.is_finished:  # a stop string ended it; the engine does not know
             return None
+        self.drafts = self.drafts.plus(output)
         reason = output.finish_reason
         detokenizer = self._detokenizer
         text = detokenizer.push(output.token_ids, ends_with_stop_token=reason is FinishReason.STOP)
@@ -115,12 +113,13 @@ class Generation:
         num_generated = sum(choice.num_tokens for choice in self._choices.values())
         # Later samples share the first one's blocks; that is no hit of the prefix cache.
         num_cached = sum(group[0].num_cached_tokens for group in self._groups)
+        drafts = sum([choice.drafts for choice in self._choices.values()], NO_DRAFTS)
         return Usage(
             num_prompt,
             num_generated,
             num_prompt + num_generated,
             PromptTokensDetails(num_cached),
-            _drafts_details(choice.drafts for choice in self._choices.values()) if self._is_speculative else None,
+            _drafts_details(drafts) if self._is_speculative else None,
         )
 
     def answered(self) -> list[int]:
@@ -160,12 +159,10 @@ class Generation:
         raise ReplicaFailedError("the replica stopped answering before every sample was finished")
 
 
-def _drafts_details(samples: Iterable[DraftCounts]) -> CompletionTokensDetails:
-    counts = tuple(samples)
-    accepted_at = [sum(at) for at in zip_longest(*(drafts.accepted_at for drafts in counts), fillvalue=0)]
-    num_accepted = sum(accepted_at)
-    num_drafted = sum(drafts.num_drafted for drafts in counts)
-    return CompletionTokensDetails(num_accepted, num_drafted - num_accepted, accepted_at)
+def _drafts_details(drafts: DraftCounts) -> CompletionTokensDetails:
+    return CompletionTokensDetails(
+        drafts.num_accepted, drafts.num_drafted - drafts.num_accepted, list(drafts.accepted_at)
+    )
 
 
 async def collect(generation: Generation) -> list[ChoiceDelta]:

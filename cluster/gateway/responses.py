@@ -14,7 +14,7 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class CompletionTokensDetails(msgspec.Struct):
-    """What became of speculative drafts, of all samples together, once they have ended. In tokens.
+    """What became of speculative drafts, of all samples together. In tokens.
 
     accepted_per_position is ours: how often a step accepted its first draft, its second, and so on.
     """

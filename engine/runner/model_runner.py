@@ -64,8 +64,8 @@ class ModelRunner:
         self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
-        # The token that was sampled last in each row: the next step may want it before the coordinator knows it, but not
-        # after a step with drafts.
+        # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
+        # there were drafts.
         self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
         self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
         self._max_steps_in_flight = config.max_steps_in_flight

@@ -426,6 +426,9 @@ class Scheduler:
             if group.is_complete:
                 sampled += self._go_on(group)
         self.counters.generation_tokens += sum([len(output.token_ids) for output in sampled])
+        if self._speculator is not None:
+            for output in sampled:
+                self.counters.drafts = self.counters.drafts.plus(output)
         return sampled
 
     def _advance(
@@ -443,7 +446,7 @@ class Scheduler:
         if token_ids and not is_beam:
             token_ids = self._append(request, token_ids)
             if self._speculator is not None:
-                self._observe_drafts(request, token_ids, len(draft_ids))
+                self._speculator.observe(request, token_ids)
         if running is not None:
             if draft_ids:
                 # What was rejected, or comes after the end, has no KV; its slots are for the tokens to come.
@@ -460,10 +463,17 @@ class Scheduler:
             return self._report(request, result.logprobs[request_id][0])
         logprobs = result.logprobs.get(request_id, ())[: len(token_ids)] if result.logprobs else ()
         if request.finish_reason is None:
-            return _output((request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None))
-        times = self._finish(request)
+            return _output(
+                (request_id, token_ids, logprobs, None, request.num_cached_tokens, None, None, len(draft_ids))
+            )
         return RequestOutput(
-            request_id, token_ids, logprobs, request.finish_reason, request.num_cached_tokens, times=times
+            request_id,
+            token_ids,
+            logprobs,
+            request.finish_reason,
+            request.num_cached_tokens,
+            times=self._finish(request),
+            num_drafted=len(draft_ids),
         )
 
     def _append(self, request: Request, token_ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -482,14 +492,6 @@ class Scheduler:
                 continue
             return token_ids[:count]
         return token_ids
-
-    def _observe_drafts(self, request: Request, token_ids: tuple[int, ...], num_drafted: int) -> None:
-        assert self._speculator is not None
-        self._speculator.observe(request, token_ids)
-        if num_drafted:
-            num_accepted = min(num_drafted, len(token_ids) - 1)
-            request.drafts = request.drafts.plus(num_drafted, num_accepted)
-            self.counters.drafts = self.counters.drafts.plus(num_drafted, num_accepted)
 
     def _finish(self, request: Request) -> RequestTimes:
         if self._running.pop(request.request_id, None) is not None:
@@ -698,7 +700,7 @@ class Scheduler:
         self.counters.generation_tokens += num_steps * len(decoding)
         token_ids = (LEAP_TOKEN,) * num_steps
         return [
-            _output((each.request_id, token_ids, (), None, each.num_cached_tokens, None, None)) for each in decoding
+            _output((each.request_id, token_ids, (), None, each.num_cached_tokens, None, None, 0)) for each in decoding
         ]
 
     def _alike(self) -> tuple[list[Request], Request | None, int]:
@@ -783,5 +785,4 @@ def request_times(request: Request, now: float) -> RequestTimes:
         num_cached_tokens=request.num_cached_tokens,
         num_preemptions=request.num_preemptions,
         max_tokens=request.params.max_tokens,
-        drafts=request.drafts,
     )

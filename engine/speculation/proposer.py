@@ -22,8 +22,8 @@ NO_DRAFT = Draft((), ())
 
 
 class Proposer(Protocol):
-    """Guesses the next tokens of requests. A guess may be wrong or absent, never expensive: `propose` is called for each
-    decoding request in every step that speculates, and takes microseconds.
+    """Guesses the next tokens of requests. A guess may be wrong or absent, never expensive: `propose` is called for all
+    decoding requests in every step that speculates, and takes microseconds.
 
     A request that was proposed for is in the proposer's memory until `forget`. Its known tokens only grow, by any
     number between two calls; with the first call all of them are new.

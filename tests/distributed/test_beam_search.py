@@ -52,7 +52,11 @@ def answers(checkpoint: Path, launcher: Launcher | None = None, **fields: Any) -
         found: dict[RequestId, list[int]] = {}
         for index in range(12):
             params = SamplingParams(
-                n=2, best_of=2 + index % 4, use_beam_search=True, max_tokens=16, length_penalty=(0.5, 1.0, 2.0)[index % 3]
+                n=2,
+                best_of=2 + index % 4,
+                use_beam_search=True,
+                max_tokens=16,
+                length_penalty=(0.5, 1.0, 2.0)[index % 3],
             )
             ids = (RequestId(f"{index}-0"), RequestId(f"{index}-1"))
             prompt = tuple(3 + (index * 7 + position * position) % 90 for position in range(3 + 2 * index))

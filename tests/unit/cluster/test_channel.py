@@ -37,7 +37,6 @@ from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfi
 from shoal.engine.executor import ExecutorInfo, RankInfo
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import (
-    DraftCounts,
     FinishReason,
     RequestError,
     RequestId,
@@ -417,8 +416,8 @@ outputs = st.builds(
     | st.builds(
         RequestTimes, numbers, st.none() | numbers, st.none() | numbers, numbers, token_ids, token_ids, token_ids,
         token_ids, st.none() | token_ids,
-        st.builds(DraftCounts, token_ids, token_ids, st.lists(token_ids, max_size=4).map(tuple)),
     ),
+    num_drafted=token_ids,
 )  # fmt: skip
 
 

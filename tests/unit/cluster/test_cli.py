@@ -23,14 +23,14 @@ from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
 from shoal.engine.config import ConfigError, SpeculativeOptions
 from shoal.engine.executor import RankInfo
-from shoal.engine.request import NO_DRAFTS, EngineStats
+from shoal.engine.request import DraftCounts, EngineStats
 
 RANKS = (
     RankInfo(0, 0, "10.0.0.1", 11, "AMD EPYC", 0, 15, weight_bytes=2**20, kv_bytes=2**21),
     RankInfo(1, 0, "10.0.0.2", 12, "AMD EPYC", 15, 15, weight_bytes=2**22, kv_bytes=2**21),
 )
 
-DRAFTS = NO_DRAFTS.plus(num_drafted=5, num_accepted=3)
+DRAFTS = DraftCounts(1, 5, (1, 1, 1, 0, 0))
 
 
 class FakeServer(BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal.cluster import metrics
 from shoal.cluster.metrics import Distribution, Histogram, HttpMetrics, ReplicaMetrics, Snapshot, render
 from shoal.engine.request import (
-    NO_DRAFTS,
+    DraftCounts,
     EngineStats,
     FinishReason,
     Request,
@@ -93,7 +93,7 @@ def test_labels_are_those_of_vllm() -> None:
 
 
 def test_drafts_are_counted_by_position() -> None:
-    drafts = NO_DRAFTS.plus(num_drafted=3, num_accepted=2).plus(num_drafted=2, num_accepted=1)
+    drafts = DraftCounts(1, 3, (1, 1, 0)) + DraftCounts(1, 2, (1, 0))
     text = render({("m", "0"): ReplicaMetrics().snapshot(EngineStats(drafts=drafts))})
     of = 'engine="0",model_name="m"'
     assert f"vllm:spec_decode_num_drafts_total{{{of}}} 2.0" in text

@@ -113,11 +113,11 @@ def cases(model: Model) -> list[Case]:
     for width, penalty, stopping in settings * 2:
         prompt = [numbers.randrange(4, VOCAB) for _ in range(numbers.randrange(1, 30))]
         params = beams(
-            numbers.randrange(1, width + 1),
+            numbers.choice((1, width - 1, width, width)),
             width,
             length_penalty=penalty,
             early_stopping=stopping,
-            max_tokens=numbers.choice((1, 4, 12, 24)),
+            max_tokens=numbers.choice((1, 8, 24, 24)),
             stop_token_ids=numbers.choice(((), (OTHER_END,))),
             ignore_eos=numbers.random() < 0.2,
         )
@@ -199,9 +199,7 @@ def test_beams_among_samples_change_nobodys_tokens(model: Model, cases: list[Cas
     sampled = SamplingParams(n=3, seed=1, max_tokens=12, ignore_eos=True)
     alone = token_ids(Engine(model.options).answer([(case.prompt, sampled) for case in cases[:20]]))
     mixed = [request for case in cases[:20] for request in ((case.prompt, sampled), case[:2])]
-    answers = token_ids(
-        Engine(model.options, num_blocks=60, max_running_requests=16, watermark=0.0).answer(mixed)
-    )
+    answers = token_ids(Engine(model.options, num_blocks=60, max_running_requests=16, watermark=0.0).answer(mixed))
     assert answers[1::2] == [case.answer for case in cases[:20]]
     assert [len(ids) for group in answers[::2] for ids in group] == [12] * 60
     assert [ids for ids, *_ in answers[::2]] == [ids for ids, *_ in alone]
@@ -252,6 +250,28 @@ def test_eight_ways_on_from_1000_tokens_share_their_blocks(model: Model, fields:
     params = SamplingParams(max_tokens=40, ignore_eos=True, **fields)
     engine.answer([([4 + i * i % 70 for i in range(num_prompt)], params)], measure)
     assert one < peak <= 1.15 * one
+
+
+@pytest.mark.parametrize(("stopping", "is_over"), [(False, True), (True, True), ("never", False)])
+def test_a_search_is_over_where_no_beam_is_better_now_or_none_can_become_better(
+    stopping: bool | str, is_over: bool
+) -> None:
+    search = BeamSearch(beams(1, 1, early_stopping=stopping), frozenset({0}), 4)
+    search.advance([TokenLogprobs(-1.0, 1, (0, 5), (-1.0, -1.2))])
+    assert search.is_over == is_over
+
+
+@pytest.mark.parametrize(("stopping", "is_over"), [(False, False), (True, True), ("never", False)])
+@pytest.mark.parametrize("penalty", [1.0, -1.0])
+def test_a_full_search_goes_on_while_a_beam_is_better_unless_it_shall_stop_early(
+    stopping: bool | str, is_over: bool, penalty: float
+) -> None:
+    search = BeamSearch(beams(2, 2, early_stopping=stopping, length_penalty=penalty), frozenset({0}), 4)
+    search.advance([TokenLogprobs(-0.4, 1, (5, 0, 6), (-0.4, -0.5, -1.1))])
+    assert not search.is_over
+    search.advance([TokenLogprobs(-0.1, 1, (8, 0), (-0.05, -0.1)), TokenLogprobs(-3.0, 1, (9, 10), (-3.0, -4.0))])
+    assert len(search.finished) == 2
+    assert search.is_over == is_over
 
 
 # -- against a device that checks every slot -------------------------------------------------------------------
@@ -337,6 +357,17 @@ def test_two_searches_that_hold_all_blocks_both_end(make_harness, expected_hypot
         answers = [harness.outputs[each] for each in names_of(name, 4)]
         assert answers == expected_hypotheses(prompt_of(1, 12), SamplingParams(**params), 20)
     assert harness.core.stats().preemptions_total > 0
+
+
+def test_a_search_begins_when_there_are_places_for_all_its_beams(make_harness) -> None:
+    """Else they would hold each other up: with all places taken by first beams, none could have a second one."""
+    harness = make_harness(num_blocks=400, max_running_requests=8)
+    for i in range(8):
+        params = {"n": 4, "use_beam_search": True, "ignore_eos": True}
+        harness.add(f"r{i}", prompt_of(i, 8), 10, params=params, hypothesis_ids=names_of(f"r{i}", 4))
+    harness.drain()
+    assert len(harness.executor.plans) == 4 * 10
+    assert harness.core.stats().preemptions_total == 0
 
 
 def test_a_search_says_first_that_its_prompt_is_computed_and_then_all(make_harness) -> None:

@@ -52,16 +52,21 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
-def test_twenty_prompts_give_the_tokens_of_transformers(llm):
+@pytest.fixture(scope="module")
+def oracle() -> transformers.PreTrainedModel:
+    path = gguf_path()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval()
+
+
+def test_twenty_prompts_give_the_tokens_of_transformers(llm, oracle):
     """64 greedy tokens each. Every token is held against transformers' choice after all the tokens before it."""
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     results = llm.generate(FACTS, params, use_tqdm=False)
-    path = gguf_path()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for result in results:
         ids = torch.tensor([result.prompt_token_ids + result.outputs[0].token_ids])
         with torch.inference_mode():
-            choices = model.eval()(ids).logits[0].argmax(-1).tolist()
+            choices = oracle(ids).logits[0].argmax(-1).tolist()
         assert result.outputs[0].token_ids == choices[len(result.prompt_token_ids) - 1 : -1], result.prompt
         assert len(result.outputs[0].token_ids) == 64
 
@@ -126,13 +131,11 @@ def test_best_of_answers_the_samples_with_the_highest_mean_log_probability(llm):
     assert [o.logprobs for o in silent.outputs] == [None, None]
 
 
-def test_beam_search_finds_what_transformers_finds(llm):
-    path = gguf_path()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+def test_beam_search_finds_what_transformers_finds(llm, oracle):
     params = SamplingParams(n=2, best_of=4, use_beam_search=True, max_tokens=12)
     for result in llm.generate(FACTS[:4], params, use_tqdm=False):
         prompt = torch.tensor([result.prompt_token_ids])
-        sequences = model.eval().generate(
+        sequences = oracle.generate(
             prompt, attention_mask=torch.ones_like(prompt), num_beams=4, num_return_sequences=2, do_sample=False,
             max_new_tokens=12, length_penalty=1.0, early_stopping=False, pad_token_id=0,
         )  # fmt: skip

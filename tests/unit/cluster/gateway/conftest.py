@@ -13,7 +13,7 @@ import pytest
 from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, Placement, Prediction, ServedModel
 from shoal.cluster.gateway.routes import build_app
 from shoal.engine.executor import RankInfo
-from shoal.engine.request import NO_DRAFTS, FinishReason, RequestOutput, RequestTimes, TokenLogprobs
+from shoal.engine.request import FinishReason, RequestOutput, RequestTimes, TokenLogprobs
 from shoal.engine.tokenizer import Tokenizer
 
 MODEL = "smollm2"
@@ -29,7 +29,7 @@ class PlayedBackend:
         self.text = "The capital of France is Paris."
         self.tokens_per_step = 2
         self.num_cached_tokens = 0
-        self.drafts = NO_DRAFTS  # of each sample
+        self.num_drafted = 0  # of each step of each sample
         self.sample_logprobs = [-0.5] * 64  # of each token of each sample
         self.error: Exception | None = None  # raised after `error_after` steps
         self.error_after = 0
@@ -72,6 +72,7 @@ class PlayedBackend:
                         finish_reason=(self.finish or reason) if is_last else None,
                         num_cached_tokens=self.num_cached_tokens,
                         times=self._times(call, tokens) if is_last else None,
+                        num_drafted=self.num_drafted,
                     )
                     for request_id, logprob in zip(call.sample_ids, self.sample_logprobs, strict=False)
                 ]
@@ -106,7 +107,6 @@ class PlayedBackend:
             num_cached_tokens=self.num_cached_tokens,
             num_preemptions=0,
             max_tokens=call.params.max_tokens,
-            drafts=self.drafts,
         )
 
     def _logprobs(self, step: Sequence[int], call: GenerateCall, logprob: float) -> tuple[TokenLogprobs, ...]:

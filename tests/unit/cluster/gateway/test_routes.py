@@ -12,7 +12,7 @@ import pytest
 
 from shoal.cluster.gateway.backend import ReplicaFailedError, ReplicaUnavailableError, ServedModel
 from shoal.cluster.gateway.routes import build_app
-from shoal.engine.request import DraftCounts, FinishReason, RequestError
+from shoal.engine.request import FinishReason, RequestError
 from shoal.engine.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -59,7 +59,7 @@ async def test_chat_answers_with_usage_of_the_tokenizer(client, backend, tokeniz
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_usage_says_what_became_of_drafts(served, backend, path) -> None:
-    backend.drafts = DraftCounts(num_steps=4, num_drafted=9, accepted_at=(3, 1, 0))
+    backend.num_drafted = 3  # and two tokens a step: the first is accepted
     body = CHAT if "chat" in path else TEXT
     app = build_app({"smollm2": replace(served, is_speculative=True)}, max_body_bytes=2**20)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
@@ -67,8 +67,8 @@ async def test_usage_says_what_became_of_drafts(served, backend, path) -> None:
         events = await stream(client, path, body, n=2, stream_options={"include_usage": True})
     assert whole["usage"]["completion_tokens_details"] == {
         "accepted_prediction_tokens": 8,
-        "rejected_prediction_tokens": 10,
-        "accepted_per_position": [6, 2, 0],
+        "rejected_prediction_tokens": 16,
+        "accepted_per_position": [8, 0, 0],
     }
     assert events[-1]["usage"] == whole["usage"]
 

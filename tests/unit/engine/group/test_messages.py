@@ -67,11 +67,13 @@ plans = st.builds(
             params,
             st.integers(-(2**63), 2**64 - 1),
             counts,
+            counts,
         ),
         max_size=2,
     ).map(tuple),
     continued=st.lists(
-        st.builds(ContinuedRequest, request_ids, counts, counts, ids, block_ids, st.integers(0, 1)), max_size=3
+        st.builds(ContinuedRequest, request_ids, counts, counts, ids, block_ids, st.integers(0, 1), ids, counts),
+        max_size=3,
     ).map(tuple),
     finished=st.lists(request_ids, max_size=3).map(tuple),
     copies=st.lists(st.tuples(counts.map(BlockId), counts.map(BlockId)), max_size=3).map(tuple),
@@ -83,6 +85,7 @@ results = st.builds(
     step=counts,
     token_ids=st.dictionaries(request_ids, ids, max_size=3),
     logprobs=st.dictionaries(request_ids, st.lists(logprobs, max_size=2).map(tuple), max_size=2),
+    draft_ids=st.dictionaries(request_ids, ids, max_size=3),
 )
 infos = st.builds(RankInfo, counts, counts, names, counts, names, counts, counts, counts, counts)
 from_rank = st.one_of(
