@@ -31,7 +31,6 @@ class NewRequest(NamedTuple):
     params: SamplingParams
     seed: int
     stream: int
-    num_to_draft: int = 0  # tokens that the ranks' draft model shall guess to follow the one sampled in this step
 
 
 class ContinuedRequest(NamedTuple):
@@ -47,7 +46,7 @@ class ContinuedRequest(NamedTuple):
     num_pending: int = 0
     # Guesses behind the last known token: `num_new` is one more than they are. There is nothing pending then.
     draft_ids: tuple[int, ...] = ()
-    num_to_draft: int = 0  # as in NewRequest
+    num_to_draft: int = 0  # tokens that the ranks' draft model shall guess to follow what this step samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,11 @@ class StepTimeFit:
 
     def has_varied(self, index: int) -> bool:
         """Whether steps have shown what an input of StepWork costs: it was not always the same."""
-        total, of = self._sums[0][0], self._sums[index + 1][index + 1]
-        return total > 0.0 and of / total - (self._sums[0][index + 1] / total) ** 2 > MIN_VARIANCE * of / total
+        total = self._sums[0][0]
+        if total == 0.0:
+            return False
+        mean, mean_square = self._sums[0][index + 1] / total, self._sums[index + 1][index + 1] / total
+        return mean_square - mean**2 > MIN_VARIANCE * mean_square
 
     def _fit(self) -> StepTime:
         means = [value / self._sums[0][0] for value in self._sums[0]]

@@ -142,8 +142,7 @@ class ModelRunner:
         """Guesses behind what was sampled, where the plan asks for them."""
         assert self._drafter is not None
         assert len(batch.pending) == 0, "the draft model has to know all tokens"
-        entries: tuple[NewRequest | ContinuedRequest, ...] = (*plan.new, *plan.continued)
-        wanted = {entry.request_id: entry.num_to_draft for entry in entries if entry.num_to_draft}
+        wanted = {entry.request_id: entry.num_to_draft for entry in plan.continued if entry.num_to_draft}
         if not wanted:
             return {}
         sampled, _ = samples.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from shoal.engine.config import SpeculativeOptions
@@ -18,6 +19,8 @@ NOMINAL = StepTime(base=1.0, per_prefill_token=0.0, per_decode_token=NOMINAL_TOK
 DECODE_INPUT = StepWork._fields.index("num_decode")
 DRAFT_ROUND_INPUT = StepWork._fields.index("num_draft_rounds")
 PATIENCE = 8  # steps without a draft worth its time, after which steps are planned ahead again
+CHEAP = 0.01  # of a step
+PROPOSE_MEMORY = 32  # steps
 PROBE_PERIOD = 64  # steps planned ahead, after which one is not, to see whether drafts would be worth it
 
 
@@ -30,6 +33,8 @@ class Speculator:
     a this is the known trade-off of Leviathan et al. 2023 (arXiv:2211.17192), over a batch that shares one step.
 
     All proposals are compared with what came, those that were not verified too. So acceptance is known without trying.
+    Proposing takes time as well, of the thread that plans. It is measured, and what drafts gain has to outweigh it;
+    where they have not for a while and it takes more than a hundredth of a step, it is only tried now and then.
     """
 
     def __init__(
@@ -48,12 +53,17 @@ class Speculator:
         self._rounds = DraftRounds(options.num_speculative_tokens)
         self._acceptance = Acceptance()
         self._proposed: dict[RequestId, Draft] = {}  # in the last step of each request
-        self._num_idle = 0  # steps since a draft was worth its time
+        self._num_idle = 0  # steps since drafts were worth their time
+        self._propose_s = 0.0  # for a request, of late
 
     @property
     def wants_tokens(self) -> bool:
         """Whether the next plan should wait until the tokens are known that it has to guess from."""
-        return self._drafted is not None or self._num_idle < PATIENCE or self._num_idle % PROBE_PERIOD == 0
+        return self._drafted is not None or self._is_hopeful
+
+    @property
+    def _is_hopeful(self) -> bool:
+        return self._num_idle < PATIENCE or self._num_idle % PROBE_PERIOD == 0
 
     def choose(self, requests: Sequence[Request], num_decode: int, most: int) -> dict[RequestId, tuple[int, ...]]:
         """Drafts for those of `requests` for which they pay, `most` tokens in all. `requests` are planned for one token
@@ -62,11 +72,30 @@ class Speculator:
         if num_decode == 0:
             return {}
         self._num_idle += 1
-        seconds, cost = self._costs(num_decode, requests)
-        tokens = float(num_decode)
-        if cost * tokens > seconds:
-            return {}  # not even a certain draft would pay
-        candidates = []
+        plain_seconds, cost = self._costs(num_decode, requests)
+        price = self._propose_s * len(requests) if self._options.adaptive else 0.0
+        if cost * num_decode > plain_seconds or (price > CHEAP * plain_seconds and not self._is_hopeful):
+            return {}  # not even a certain draft would pay, or it is too unlikely
+        start = time.perf_counter()
+        guesses = self._guesses(requests, least=cost * num_decode / plain_seconds if plain_seconds else 0.0)
+        if requests:
+            self._propose_s += ((time.perf_counter() - start) / len(requests) - self._propose_s) / PROPOSE_MEMORY
+        seconds, tokens = plain_seconds, float(num_decode)
+        counts: dict[RequestId, int] = {}
+        for negative, index, request_id in sorted(guesses)[:most]:
+            if -negative * seconds < cost * tokens:
+                break
+            counts[request_id] = index + 1
+            tokens -= negative
+            seconds += cost
+        if not counts or tokens * plain_seconds < num_decode * (seconds + price):
+            return {}
+        self._num_idle = 0
+        return {request_id: self._proposed[request_id].token_ids[:count] for request_id, count in counts.items()}
+
+    def _guesses(self, requests: Sequence[Request], least: float) -> list[tuple[float, int, RequestId]]:
+        """What is proposed, as (-survival, index in the draft, request), where the survival is at least `least`."""
+        guesses = []
         for request in requests:
             limit = min(self._options.num_speculative_tokens, request.max_known - request.num_known - 1)
             draft = self._proposer.propose(request, limit)
@@ -76,28 +105,19 @@ class Speculator:
             survival = 1.0
             for index, chance in enumerate(self._acceptance.chances(request.request_id, draft.levels)):
                 survival *= chance
-                if survival * seconds < cost * tokens:
+                if survival < least:
                     break
-                candidates.append((-survival, index, request.request_id))
-        counts: dict[RequestId, int] = {}
-        for negative, index, request_id in sorted(candidates)[:most]:
-            if -negative * seconds < cost * tokens:
-                break
-            counts[request_id] = index + 1
-            tokens -= negative
-            seconds += cost
-        if counts:
-            self._num_idle = 0
-        return {request_id: self._proposed[request_id].token_ids[:count] for request_id, count in counts.items()}
+                guesses.append((-survival, index, request.request_id))
+        return guesses
 
     def _costs(self, num_decode: int, requests: Sequence[Request]) -> tuple[float, float]:
         """Seconds of a step with `num_decode` tokens, and of a token more in it. Both 0: all drafts pay."""
         if not self._options.adaptive:
             return 0.0, 0.0
-        time = self._step_time.estimate() or NOMINAL
-        seconds = time.seconds(0, num_decode, sum([request.num_known for request in requests]))
-        if time is NOMINAL or self._step_time.has_varied(DECODE_INPUT):
-            return seconds, MARGIN * time.per_decode_token
+        step = self._step_time.estimate() or NOMINAL
+        seconds = step.seconds(0, num_decode, sum([request.num_known for request in requests]))
+        if step is NOMINAL or self._step_time.has_varied(DECODE_INPUT):
+            return seconds, MARGIN * step.per_decode_token
         return seconds, MARGIN * seconds * NOMINAL_TOKEN_COST / (1.0 + NOMINAL_TOKEN_COST * num_decode)
 
     def choose_rounds(self, requests: Sequence[Request]) -> dict[RequestId, int]:
@@ -111,9 +131,9 @@ class Speculator:
             limits = {each.request_id: min(most, each.max_known - each.num_known - 2) for each in requests}
             return {request_id: limit for request_id, limit in limits.items() if limit > 0}
         seconds, token_cost = self._costs(len(requests), requests)
-        time = self._step_time.estimate()
-        has_varied = time is not None and self._step_time.has_varied(DRAFT_ROUND_INPUT)
-        round_cost = time.per_draft_round if time is not None and has_varied else self._draft_round_cost * seconds
+        step = self._step_time.estimate()
+        has_varied = step is not None and self._step_time.has_varied(DRAFT_ROUND_INPUT)
+        round_cost = step.per_draft_round if step is not None and has_varied else self._draft_round_cost * seconds
         return self._rounds.choose(requests, self._acceptance, seconds, token_cost, MARGIN * round_cost)
 
     def take_guesses(self, draft_ids: Mapping[RequestId, tuple[int, ...]]) -> None:

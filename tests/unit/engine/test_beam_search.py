@@ -14,7 +14,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.engine.config import EngineOptions
+from shoal.engine.config import EngineOptions, SpeculativeOptions
 from shoal.engine.core import EngineCore
 from shoal.engine.request import (
     FinishReason,
@@ -31,6 +31,7 @@ from shoal.engine.worker import LocalExecutor, resolve_options
 
 VOCAB = 80
 END, OTHER_END = 2, 3
+NGRAM = SpeculativeOptions(method="ngram", num_speculative_tokens=3, adaptive=False)
 
 
 def beams(n: int, width: int, **fields: Any) -> SamplingParams:
@@ -301,6 +302,7 @@ def test_nothing_leaks_or_hangs_and_all_is_exact(make_harness, expected, expecte
         pipeline_parallel=data.draw(st.integers(1, 3)),
         async_scheduling=data.draw(st.booleans()),
         scheduling_policy=data.draw(st.sampled_from(["shortest_first", "priority", "fcfs"])),
+        speculative=data.draw(st.sampled_from([None, NGRAM])),
     )
     live: dict[str, tuple[tuple[int, ...], SamplingParams | None, int]] = {}
     count = 0
@@ -343,6 +345,7 @@ def test_nothing_leaks_or_hangs_and_all_is_exact(make_harness, expected, expecte
     stats = harness.core.stats()
     assert stats.num_free_blocks == stats.num_blocks
     assert not harness.core._scheduler._beams
+    assert not any(entry.draft_ids for plan in harness.executor.plans for entry in plan.continued if "/" in entry[0])
 
 
 def test_two_searches_that_hold_all_blocks_both_end(make_harness, expected_hypotheses) -> None:

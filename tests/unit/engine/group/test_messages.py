@@ -67,7 +67,6 @@ plans = st.builds(
             params,
             st.integers(-(2**63), 2**64 - 1),
             counts,
-            counts,
         ),
         max_size=2,
     ).map(tuple),
