@@ -48,6 +48,13 @@ def test_parallel_sampling_shares_the_prompt() -> None:
     assert num_shared == num_prompt * 3 // 4 - 3  # all samples but the first compute only the prompt's last token
 
 
+def test_beams_come_best_first() -> None:
+    best, second = run("beam_search.py").splitlines()
+    scores = [float(line.partition("log-probability")[2].partition(":")[0]) for line in (best, second)]
+    assert scores == sorted(scores, reverse=True)
+    assert "Paris" in best
+
+
 def test_chat_stream_asks_the_server_that_it_was_given() -> None:
     """Port 9 of this host discards, or refuses; the example with a real server is part of tests/e2e."""
     command = [sys.executable, str(EXAMPLES / "chat_stream.py"), "http://127.0.0.1:9/v1"]

@@ -47,9 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CASES = list(itertools.product(SETTINGS, TEMPERATURES, METHODS))
 LIMIT = 0.001 / (len(CASES) * len(WINDOWS))  # Bonferroni: one in a thousand runs of all of them with other seeds
-FAR_BELOW = LIMIT / 1e6
-FEW_DRAWS, MANY_DRAWS = 1500, 100_000
-
+FAR_BELOW = LIMIT / 1e4
+FEW_DRAWS, MANY_DRAWS = 1200, 100_000
 
 # What is said again, so that there is something to copy, and repeats itself, so that penalties matter. 6 and 7 are new
 # when they are said.
