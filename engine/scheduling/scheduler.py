@@ -254,7 +254,7 @@ class Scheduler:
         drafts = self._speculator.choose(requests, len(entries), self._max_step_tokens - len(entries))
         num_to_draft = self._speculator.choose_rounds(requests)
         num_tokens = 0
-        for request_id in drafts.keys() | num_to_draft.keys():
+        for request_id in {**drafts, **num_to_draft}:
             request, entry = self._running[request_id], entries[request_id]
             start, draft_ids = request.num_planned, drafts.get(request_id, ())
             self._kv.grow_to_spare(request, start + len(draft_ids) + num_to_draft.get(request_id, 0))
