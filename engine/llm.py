@@ -37,7 +37,7 @@ from shoal.engine.request import (
     best_samples,
     requests_of,
 )
-from shoal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from shoal.engine.tokenizer import IncrementalDetokenizer, Tokenizer, with_bad_words
 from shoal.engine.worker import check_options, local_engine
 
 Prompt = str | Sequence[int]
@@ -149,7 +149,8 @@ class LLM:
             GenerationResult(prompt if isinstance(prompt, str) else None, token_ids, [])
             for prompt, token_ids in zip(listed, ids, strict=True)
         ]
-        self._run(results, _as_params(params, len(listed)), use_tqdm)
+        each = [with_bad_words(given, self._tokenizer) for given in _as_params(params, len(listed))]
+        self._run(results, each, use_tqdm)
         return results
 
     def chat(

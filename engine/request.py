@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import add
 from typing import Literal, NamedTuple, NewType
 
@@ -15,6 +16,7 @@ BlockHash = NewType("BlockHash", bytes)
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 MAX_STOPS = 16
+MAX_BAD_WORDS = 256
 MAX_N = 64
 MAX_BEAMS = 10  # so that MAX_LOGPROBS tokens of each beam hold all that can go on or end
 
@@ -47,6 +49,8 @@ _NEUTRAL_FOR_BEAMS: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
     "logit_bias": ({},),
     "stop": ((),),
+    "bad_words": ((),),
+    "bad_words_token_ids": ((),),
 }
 
 
@@ -59,6 +63,9 @@ class SamplingParams:
     presence and frequency penalties look at the output only. logprobs: how many alternatives to report beside the
     sampled token; None reports nothing. Log-probabilities are of the model's own distribution, before penalties,
     bias, temperature and truncation. seed None: drawn when the request enters.
+
+    bad_words: texts that are not generated; bad_words_token_ids: the same as tokens, of each of which the last one is
+    banned where the others were generated just before. Fronts, which have a tokenizer, add those of bad_words.
 
     best_of: samples that are generated, of which the `n` with the highest mean log-probability per token are answered,
     best first. use_beam_search: the `n` best of `best_of` beams instead, as transformers' `generate` finds them with
@@ -85,6 +92,8 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -94,6 +103,9 @@ class SamplingParams:
         # Lists and single strings are what users write; the frozen value keeps tuples.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words)
+        object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "bad_words_token_ids", tuple(map(tuple, self.bad_words_token_ids)))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check()
 
@@ -130,6 +142,10 @@ class SamplingParams:
             raise RequestError(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}", param="logprobs")
         if len(self.stop) > MAX_STOPS or any(not s for s in self.stop):
             raise RequestError(f"stop takes at most {MAX_STOPS} non-empty strings", param="stop")
+        if len(self.bad_words) > MAX_BAD_WORDS or not all(word.strip() for word in self.bad_words):
+            raise RequestError(f"bad_words takes at most {MAX_BAD_WORDS} texts that are not blank", param="bad_words")
+        if not all(self.bad_words_token_ids):
+            raise RequestError("bad_words_token_ids holds a word without tokens", param="bad_words_token_ids")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise RequestError(f"seed must fit in 64 bits, got {self.seed}", param="seed")
         for token, bias in self.logit_bias.items():
@@ -165,7 +181,12 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise RequestError if a token id lies outside the vocabulary."""
-        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+        words = chain.from_iterable(self.bad_words_token_ids)
+        for name, ids in (
+            ("logit_bias", self.logit_bias),
+            ("stop_token_ids", self.stop_token_ids),
+            ("bad_words_token_ids", words),
+        ):
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise RequestError(

@@ -90,6 +90,8 @@ def test_sampling_params_and_their_defaults() -> None:
         "seed": None,
         "stop": (),
         "stop_token_ids": (),
+        "bad_words": (),
+        "bad_words_token_ids": (),
         "ignore_eos": False,
         "logprobs": None,
         "skip_special_tokens": True,

@@ -15,6 +15,7 @@ from shoal.cluster.gateway.schema import (
     Prompt,
 )
 from shoal.engine.request import RequestError
+from shoal.engine.tokenizer import with_bad_words
 
 # Encoding takes about 1 us a character; longer texts go to a thread, so that other streams do not wait.
 _INLINE_CHARS = 8192
@@ -108,7 +109,7 @@ def _call(
             code="context_length_exceeded",
         )
     max_tokens = wanted or min(room, default_tokens or room)
-    params = body.sampling_params(max_tokens)
+    params = with_bad_words(body.sampling_params(max_tokens), model.tokenizer)
     params.check_vocab(model.vocab_size)
     return GenerateCall(
         request_id=request_id,

@@ -102,6 +102,7 @@ class _Generation(_Body):
     seed: int | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop)] = ()
     stop_token_ids: list[_Count] | None = None
+    bad_words: list[str] | None = None
     max_tokens: _Positive | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
@@ -128,7 +129,6 @@ class _Generation(_Body):
     truncate_prompt_tokens: _Unsupported = None
     prompt_logprobs: _Unsupported = None
     allowed_token_ids: _Unsupported = None
-    bad_words: _Empty = None
     guided_json: _Unsupported = None
     guided_regex: _Unsupported = None
     guided_choice: _Unsupported = None
@@ -192,7 +192,8 @@ class _Generation(_Body):
 
 _SAME_IN_ENGINE = (
     "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens", "ignore_eos",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens", "bad_words",
+    "ignore_eos",
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 

@@ -67,7 +67,8 @@ class GatewaySink:
 
     def open(self, requests: Sequence[Request]) -> OpenCall:
         """Expect outputs for these requests. Call before the engine sees them."""
-        call = OpenCall(asyncio.get_running_loop(), [sample_id for request in requests for sample_id in request.result_ids])
+        sample_ids = [sample_id for request in requests for sample_id in request.result_ids]
+        call = OpenCall(asyncio.get_running_loop(), sample_ids)
         for request_id in call.request_ids:
             self._calls[request_id] = call
         return call

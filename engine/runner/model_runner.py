@@ -15,7 +15,7 @@ from shoal.engine.models.registry import Model
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.pipeline import StageLinks
 from shoal.engine.parallel.topology import Topology
-from shoal.engine.plan import ContinuedRequest, NewRequest, StepPlan, StepResult
+from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
 from shoal.engine.runner.drafter import Drafter

@@ -148,7 +148,7 @@ class FakeExecutor:
 
 
 def likely_tokens(known: tuple[int, ...], count: int) -> TokenLogprobs:
-    """What the fake model finds most likely behind known tokens: some of the first 3 * count, end of text among them."""
+    """What the fake model finds likeliest behind known tokens: some of the first 3 * count, end of text among them."""
     numbers = random.Random(fingerprint((*known, -2)))
     token_ids = tuple(numbers.sample(range(3 * count), count))
     logprobs = tuple(sorted((-8.0 * numbers.random() for _ in range(count)), reverse=True))

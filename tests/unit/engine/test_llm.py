@@ -71,6 +71,14 @@ def test_twenty_prompts_give_the_tokens_of_transformers(llm, oracle):
         assert len(result.outputs[0].token_ids) == 64
 
 
+def test_bad_words_are_not_said(llm):
+    params = SamplingParams(temperature=0, max_tokens=12)
+    banned = replace(params, bad_words=["Paris"])
+    plain, without = llm.generate(["The capital of France is"] * 2, [params, banned], use_tqdm=False)
+    assert "Paris" in plain.outputs[0].text
+    assert "Paris" not in without.outputs[0].text
+
+
 def test_chat_answers_and_caches(llm):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     params = SamplingParams(temperature=0, max_tokens=40)

@@ -49,6 +49,7 @@ params = st.builds(
     temperature=st.floats(0, 100),
     stop=st.lists(st.text(min_size=1, max_size=3), max_size=3).map(tuple),
     stop_token_ids=ids,
+    bad_words_token_ids=st.lists(st.lists(counts, min_size=1, max_size=2).map(tuple), max_size=2).map(tuple),
     logit_bias=st.dictionaries(counts, st.floats(-100, 100), max_size=3),
     seed=st.none() | st.integers(-(2**63), 2**64 - 1),
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.engine.parallel.collectives import SingleRank
 from shoal.engine.parallel.topology import SINGLE
@@ -130,3 +134,71 @@ def test_a_row_does_not_depend_on_its_neighbours(logits):
     for i, p in enumerate(params):
         alone, _ = draw(make([p]), logits.clone(), batch([p]))
         assert alone == [together[i]]
+
+
+def test_a_bad_word_is_banned_where_the_rest_of_it_was_said(logits):
+    best, *_ = logits[0].argsort(descending=True).tolist()
+    words = {
+        "alone": [(best,)],
+        "after 3 4": [(3, 4, best)],
+        "after 4": [(4, best)],
+        "after 3": [(3, best)],
+        "two": [(9, best), (4, best)],
+    }
+    said = {
+        name: draw(make([params]), logits.clone(), batch([params]))[0][0] == best
+        for name, params in ((n, SamplingParams(temperature=0, bad_words_token_ids=w)) for n, w in words.items())
+    }
+    assert said == {"alone": False, "after 3 4": False, "after 4": False, "after 3": True, "two": False}
+
+
+def test_a_bad_word_of_the_prompt_only_is_none(logits):
+    best = int(logits.argmax())
+    params = SamplingParams(temperature=0, bad_words_token_ids=[(1, 2, best)])
+    assert draw(make([params], output=()), logits.clone(), batch([params]))[0] == [best]
+
+
+def guessing(params: SamplingParams, guesses: tuple[int, ...], num_outputs: int) -> SampleBatch:
+    """One request with drafts: a row behind each of them, and one before."""
+    rows = len(guesses) + 1
+    return replace(
+        batch([params] * rows),
+        request_ids=[RequestId("r0")] * rows,
+        num_outputs=[num_outputs + i for i in range(rows)],
+        positions=np.arange(10, 10 + rows),
+        num_guessed=np.arange(rows),
+        guesses=np.array([*guesses, -1]),
+    )
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), max_size=4),
+    st.sampled_from([0.0, 0.9]),
+    st.randoms(use_true_random=False),
+)
+def test_drafts_change_nothing_that_processors_keep(said, bad_words, temperature, numbers):
+    """Whatever is guessed: the tokens are those that are drawn one by one."""
+    params = SamplingParams(
+        temperature=temperature, seed=1, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3,
+        min_tokens=4, logit_bias={3: 1.0}, bad_words_token_ids=bad_words,
+    )  # fmt: skip
+    rows = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(len(said))) * 2
+    rows[:, 6:] -= 4.0
+    plain, expected = make([params], output=()), []
+    for step in range(10):
+        tokens, _ = draw(plain, rows[step : step + 1].clone(), batch([params], num_outputs=step, position=10 + step))
+        expected += tokens
+    sampler, known = make([params], output=()), []
+    while len(known) < 10:
+        done = len(known)
+        guesses = tuple(
+            token if numbers.random() < 0.7 else numbers.choice(said)
+            for token in expected[done : done + numbers.randrange(4)]
+        )
+        settings = replace(guessing(params, guesses, done), positions=np.arange(10 + done, 11 + done + len(guesses)))
+        samples = sampler.sample(rows[done : done + len(guesses) + 1].clone(), settings)
+        tokens = samples.wait()[0][RequestId("r0")]
+        sampler.learn(RequestId("r0"), 2 + done, tokens)
+        known += tokens
+    assert known[:10] == expected

@@ -18,7 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.engine.config import EngineConfig, EngineOptions, Machine, ModelConfig, SpeculativeOptions, resolve
+from shoal.engine.config import (
+    EngineConfig,
+    EngineOptions,
+    Machine,
+    ModelConfig,
+    SpeculativeMethod,
+    SpeculativeOptions,
+    resolve,
+)
 from shoal.engine.core import EngineCore
 from shoal.engine.layers.attention import AttentionBatch
 from shoal.engine.request import DraftCounts, Request, RequestId, SamplingParams
@@ -35,7 +43,7 @@ NUM_GUESSES = 3
 WINDOWS = (slice(0, 1), slice(0, 2), slice(0, 3), slice(2, 5))  # tokens whose joint distribution is tested
 NUM_JOINT = max(window.stop for window in WINDOWS)
 
-METHODS = ("ngram", "suffix", "draft_model")
+METHODS: tuple[SpeculativeMethod, ...] = ("ngram", "suffix", "draft_model")
 TEMPERATURES = (0.7, 1.0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -134,18 +142,18 @@ def facts(name: str) -> ModelConfig:
     )
 
 
-def speculation(method: str) -> SpeculativeOptions:
-    return SpeculativeOptions.of({
-        "method": method, "num_speculative_tokens": NUM_GUESSES, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
-        "adaptive": False, "model": "draft" if method == "draft_model" else None,
-    })  # fmt: skip
+def speculation(method: SpeculativeMethod) -> SpeculativeOptions:
+    return SpeculativeOptions(
+        method=method, num_speculative_tokens=NUM_GUESSES, prompt_lookup_min=1, prompt_lookup_max=3, adaptive=False,
+        model="draft" if method == "draft_model" else None,
+    )  # fmt: skip
 
 
 def params_of(setting: str, temperature: float) -> SamplingParams:
     return SamplingParams(max_tokens=NUM_TOKENS, temperature=temperature, **SETTINGS[setting])
 
 
-def say(params: SamplingParams, seeds: range, method: str | None = None) -> tuple[Ints, DraftCounts]:
+def say(params: SamplingParams, seeds: range, method: SpeculativeMethod | None = None) -> tuple[Ints, DraftCounts]:
     """What the engine generates [seeds, NUM_TOKENS], with and without speculation."""
     options = EngineOptions(
         "target", block_size=8, num_blocks=1500, max_running_requests=200, max_step_tokens=1000, num_threads=1,
@@ -212,7 +220,7 @@ def expected_chances(
     assert (top_k == VOCAB) or (ordered[:, top_k - 1] - ordered[:, top_k]).min() > 1e-5
     assert (top_p == 1.0) or np.abs(reached - top_p).min() > 1e-5
     assert (min_p == 0.0) or np.abs(shares - min_p).min() > 1e-5
-    num_kept = np.minimum(top_k, 1 + (reached < top_p - 1e-9).sum(axis=1)).clip(max=VOCAB)  # [texts]
+    num_kept = np.minimum(top_k, 1 + (reached < top_p).sum(axis=1)).clip(max=VOCAB)  # [texts]
     is_kept = (chances >= ordered[np.arange(len(said)), num_kept - 1][:, None]) & (shares >= min_p)
     kept = np.where(is_kept, chances, 0.0)
     return kept / kept.sum(axis=1, keepdims=True)
@@ -240,19 +248,23 @@ def p_values(said: Ints, setting: str, temperature: float) -> list[float]:
 
 
 def p_value(counts: Ints, chances: Floats) -> float:
-    """Pearson's chi-square test of goodness of fit. The rarest cells are pooled until all expect at least 5 draws
-    (Cochran 1954). What cannot be drawn must not be.
+    """Pearson's chi-square test of goodness of fit. Rare cells are pooled with the next rarest ones until each expects
+    at least 5 draws (Cochran 1954); what cannot be drawn must not be.
     """
     if counts[chances == 0.0].any():
         return 0.0
+    cells: list[tuple[float, int]] = []  # expected and observed draws
     order = np.argsort(chances)
-    expected, observed = chances[order] * counts.sum(), counts[order]
-    num_pooled = max(np.searchsorted(expected, 5.0), np.searchsorted(expected.cumsum(), 5.0) + 1)
-    expected = np.append(expected[num_pooled:], expected[:num_pooled].sum())
-    observed = np.append(observed[num_pooled:], observed[:num_pooled].sum())
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    degrees = len(expected) - 1
-    return float(torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(statistic / 2).double()))
+    for chance, observed in zip(chances[order].tolist(), counts[order].tolist(), strict=True):
+        expected = chance * counts.sum()
+        if cells and cells[-1][0] < 5.0:
+            rarer = cells.pop()
+            cells.append((rarer[0] + expected, rarer[1] + observed))
+        else:
+            cells.append((expected, observed))
+    statistic = sum((observed - expected) ** 2 / expected for expected, observed in cells)
+    halves = torch.tensor([len(cells) - 1, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
 def test_the_statistic_is_chi_square() -> None:
@@ -281,7 +293,7 @@ def said_without(setting: str, temperature: float, seeds: range) -> Ints:
 )
 @pytest.mark.parametrize(("setting", "temperature", "method"), CASES)
 def test_tokens_are_drawn_from_the_models_distribution(
-    setting: str, temperature: float, method: str, num_draws: int
+    setting: str, temperature: float, method: SpeculativeMethod, num_draws: int
 ) -> None:
     """And are those of plain decoding with the same seeds, which says more still."""
     first = CASES.index((setting, temperature, METHODS[0])) * MANY_DRAWS
@@ -298,7 +310,9 @@ def test_tokens_are_drawn_from_the_models_distribution(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_penalties_that_do_not_follow_the_draft_are_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_that_do_not_follow_the_draft_are_seen(
+    method: SpeculativeMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LogitsProcessor, "suppose", lambda self, token: None)
     said, _ = say(params_of("penalties", 0.7), range(FEW_DRAWS), method)
     assert min(p_values(said, "penalties", 0.7)) < FAR_BELOW
@@ -315,7 +329,7 @@ def draw(chances: Floats, numbers: random.Random) -> int:
 class Copied:
     """Guesses of the engine's own proposers, which are certain of them."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: SpeculativeMethod) -> None:
         self._proposer = make_proposer(speculation(method))
 
     def propose(self, request: Request, most: int) -> tuple[tuple[int, ...], list[Floats]]:
@@ -345,7 +359,7 @@ class Drawn:
         pass
 
 
-def speculate(method: str, temperature: float, mistake: str | None) -> Ints:
+def speculate(method: SpeculativeMethod, temperature: float, mistake: str | None) -> Ints:
     """FEW_DRAWS generations [draws, NUM_TOKENS] by speculative sampling after Leviathan et al. 2023 (arXiv:2211.17192,
     algorithm 1), or with a mistake that tutorials teach.
     """
@@ -383,13 +397,13 @@ def speculate(method: str, temperature: float, mistake: str | None) -> Ints:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rejection_sampling_by_the_book_passes(method: str) -> None:
+def test_rejection_sampling_by_the_book_passes(method: SpeculativeMethod) -> None:
     assert min(p_values(speculate(method, 1.0, None), "plain", 1.0)) > LIMIT
 
 
 @pytest.mark.parametrize("mistake", ["no residual", "last position", "backwards"])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_tutorials_teach_fails(method: str, mistake: str) -> None:
+def test_what_tutorials_teach_fails(method: SpeculativeMethod, mistake: str) -> None:
     """A rejected guess is replaced from the whole distribution; or from the one after the last guess; or guesses are
     judged by the positions in reverse.
     """
