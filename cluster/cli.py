@@ -162,7 +162,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--speculative",
         type=_method,
         metavar="METHOD|KEY=VALUE,...",
-        help="ngram or suffix, or settings such as method=draft_model,model=PATH (default: off)",
+        help="off, ngram or suffix, or settings such as method=draft_model,model=PATH (default: off)",
     )
     model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
     model.add_argument("--device", help="auto, cpu or cuda (default: auto)")

@@ -142,7 +142,9 @@ class SpeculativeSettings(Settings):
 
 
 def _by_method(value: object) -> object:
-    """A method's name alone stands for the method as it is by default."""
+    """A method's name alone stands for the method as it is by default; off, which YAML reads as false, for none."""
+    if value is False or value == "off":
+        return None
     return {"method": value} if isinstance(value, str) else value
 
 
@@ -238,7 +240,7 @@ class ModelSettings(Settings):
     nodes: NodeSettings = NodeSettings()
     engine: EngineSettings = EngineSettings()
     speculative: Annotated[SpeculativeSettings | None, BeforeValidator(_by_method)] = Field(
-        default=None, description="speculative decoding: a method, or a mapping with its settings; None is off"
+        default=None, description="speculative decoding: off, a method, or a mapping with its settings"
     )
     resources: ResourceSettings = ResourceSettings()
     routing: Annotated[RoutingSettings, BeforeValidator(_by_name)] = RoutingSettings()

@@ -89,8 +89,7 @@ def options(folder: Path, **fields: Any) -> EngineOptions:
 
 
 def answers(engine: EngineOptions, launcher: Launcher | None, count: int) -> Iterator[tuple[Answers, EngineStats]]:
-    """What `count` prompts get, every fourth of them drawn; then the same again, with the prefix cache if there is one.
-    """
+    """What `count` prompts get, every fourth of them drawn; then the same once more, with the prefix cache."""
     factory = local_engine(engine) if launcher is None else group_engine(engine, launcher)
     core = EngineCore(*factory(lambda what, done, total: None))
     try:

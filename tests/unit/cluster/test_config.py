@@ -191,6 +191,8 @@ def test_a_methods_name_alone_is_the_method_as_it_is_by_default() -> None:
     assert named == parse_config({"models": [{"speculative": {"method": "ngram"}}]})
     assert named.models[0].options("m").speculative == SpeculativeOptions(method="ngram")
     assert ClusterConfig().models[0].options("m").speculative is None
+    assert override(named, {"models.0.speculative": "off"}) == ClusterConfig()
+    assert parse_config({"models": [{"speculative": False}]}) == ClusterConfig()
 
 
 def test_a_draft_model_is_found_as_the_model_itself_is(tmp_path: Path) -> None:
