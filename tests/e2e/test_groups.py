@@ -23,6 +23,7 @@ from shoal.engine import LLM, SamplingParams
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 
 SHAPE = ("--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "256MiB")
+SPECULATION = ("--speculative", "method=suffix,adaptive=false")
 ERROR_BOUND_S = 5.0  # from the end of a rank's process to the error at every client of its group
 HEARTBEAT_TIMEOUT_S = 10.0  # the default
 RETURN_BOUND_S = 60.0  # from there to the next answer, on a busy two-core machine
@@ -32,7 +33,7 @@ PROMPT = "The first ten prime numbers are"
 @pytest.fixture(scope="module")
 def group(make_server: Callable[..., Any]) -> Iterator[Any]:
     """A server whose first group loses a rank while it loads."""
-    with make_server(*SHAPE) as server:
+    with make_server(*SHAPE, *SPECULATION) as server:
         server.wait_for("starting ranks")
         while not (loading := rank_processes(server)):
             assert server.process.poll() is None, server.output
@@ -95,14 +96,19 @@ def clients(server: Any, count: int, *, prompt: str = PROMPT, max_tokens: int = 
 
 
 def complete(server: Any, prompt: str = PROMPT, max_tokens: int = 24) -> str:
-    """One answer, whole. Raises OSError (HTTPError too) if there is none."""
+    """The text of one answer, whole. Raises OSError (HTTPError too) if there is none."""
+    text: str = answer(server, prompt, max_tokens)["choices"][0]["text"]
+    return text
+
+
+def answer(server: Any, prompt: str, max_tokens: int) -> dict[str, Any]:
     body = {"model": EMBEDDED_MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(
         f"{server.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=RETURN_BOUND_S) as response:
-        text: str = json.load(response)["choices"][0]["text"]
-        return text
+        whole: dict[str, Any] = json.load(response)
+        return whole
 
 
 def until_answering(server: Any) -> str:
@@ -144,6 +150,15 @@ def test_two_stages_answer_as_one_rank_does(group: Any) -> None:
     llm = LLM(locate_model(EMBEDDED_MODEL), num_threads=1, num_blocks=64)
     (alone,) = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=24))
     assert complete(group) == alone.outputs[0].text
+
+
+def test_speculation_over_two_stages_says_the_same_in_fewer_steps(group: Any) -> None:
+    prompt = "Row, row, row your boat, gently down the stream. " * 3
+    llm = LLM(locate_model(EMBEDDED_MODEL), num_threads=1, num_blocks=64)
+    (alone,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24))
+    whole = answer(group, prompt, 24)
+    assert whole["choices"][0]["text"] == alone.outputs[0].text
+    assert whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] >= 12
 
 
 def test_status_shows_both_ranks(group: Any, capsys: pytest.CaptureFixture[str]) -> None:
