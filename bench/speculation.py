@@ -53,6 +53,7 @@ from shoal.engine.worker import local_engine
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+DOCS = Path(__file__).parents[1] / "docs"
 PROMPTS = Path(__file__).parent / "prompts"
 OFF = "off"
 METHODS = ("ngram", "suffix")
@@ -471,7 +472,7 @@ def _plot_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set(xlabel="times as fast as plain decoding (grey: single rounds)", xlim=(0, None))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _plot_acceptance(axes: Axes, rows: Sequence[Row]) -> None:
@@ -483,7 +484,7 @@ def _plot_acceptance(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot(range(1, len(shares) + 1), shares, style, color=COLOURS[row.mode], label=label)
     axes.set(xlabel="guesses accepted in a row, at least", ylabel="steps with guesses, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def main() -> None:
@@ -510,7 +511,7 @@ def main() -> None:
     }  # fmt: skip
     print(f"\nwritten to {machine.write_result(given.results, 'speculation', report)}")
     if methods:
-        save_plot(rows, given.results / "speculation.svg")
+        save_plot(rows, DOCS / "speculation.svg")
 
 
 if __name__ == "__main__":
