@@ -193,8 +193,7 @@ class _Generation(_Body):
 _SAME_IN_ENGINE = (
     "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens", "bad_words",
-    "ignore_eos",
-    "skip_special_tokens", "include_stop_str_in_output",
+    "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
 
