@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.engine.config import EngineOptions
+from shoal.engine.config import EngineOptions, SpeculativeOptions
 from shoal.engine.core import EngineCore
 from shoal.engine.request import Request, RequestId, SamplingParams
 from shoal.engine.worker import LocalExecutor, resolve_options
@@ -148,14 +148,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [17, 4096])
-def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is_async):
+@pytest.mark.parametrize("method", [None, "suffix", "draft_model"])
+def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is_async, method):
+    """Speculation too, with the model as its own draft model."""
     import transformers
 
+    model = str(checkpoint) if method == "draft_model" else None
+    speculative = SpeculativeOptions(method=method, model=model, prompt_lookup_min=1, adaptive=False) if method else None
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 990) for _ in range(rng.randrange(5, 90))] for _ in range(16)]
     options = EngineOptions(
         str(checkpoint), dtype="float32", device="cuda", num_blocks=400, max_step_tokens=max_step_tokens,
-        max_running_requests=16, async_scheduling=is_async,
+        max_running_requests=16, async_scheduling=is_async, speculative=speculative,
     )  # fmt: skip
     config = resolve_options(options)
     core = EngineCore(config, LocalExecutor(config))
@@ -166,6 +170,8 @@ def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is
         core.add(request)
     while core.has_work:
         core.step()
+    num_accepted = core.stats().drafts.num_accepted
+    assert (num_accepted > 0) == (method is not None)
     core.close()
     model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).cuda().eval()
     for request in requests:

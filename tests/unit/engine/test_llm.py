@@ -13,7 +13,7 @@ import transformers
 
 from shoal.engine import LLM, SamplingParams
 from shoal.engine.config import ConfigError
-from shoal.engine.request import RequestError
+from shoal.engine.request import NO_DRAFTS, RequestError
 
 FACTS = [
     "The capital of France is",
@@ -69,6 +69,34 @@ def test_twenty_prompts_give_the_tokens_of_transformers(llm, oracle):
             choices = oracle(ids).logits[0].argmax(-1).tolist()
         assert result.outputs[0].token_ids == choices[len(result.prompt_token_ids) - 1 : -1], result.prompt
         assert len(result.outputs[0].token_ids) == 64
+
+
+RHYME = "Row, row, row your boat, gently down the stream. Row, row, row your boat,"
+SETTINGS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=40, logprobs=2),
+    "stop string": SamplingParams(temperature=0, max_tokens=40, stop="the stream", logprobs=1),
+    "samples": SamplingParams(n=3, temperature=0.9, top_p=0.9, top_k=40, seed=5, max_tokens=24, logprobs=0),
+    "best of": SamplingParams(n=1, best_of=3, temperature=0.7, min_p=0.05, seed=6, max_tokens=24),
+    "penalties": SamplingParams(
+        temperature=0.8, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1, logit_bias={260: 2.0},
+        bad_words=["boat"], min_tokens=10, seed=7, max_tokens=24, logprobs=3,
+    ),
+    "beams": SamplingParams(n=2, best_of=3, use_beam_search=True, max_tokens=12, logprobs=1),
+}  # fmt: skip
+
+
+def test_speculation_changes_no_answer(llm):
+    """Not a token, not a bit of a log-probability, not where a text ends."""
+    prompts = [RHYME] * len(SETTINGS)
+    plain = llm.generate(prompts, list(SETTINGS.values()), use_tqdm=False)
+    options = {"method": "suffix", "num_speculative_tokens": 6, "adaptive": False}
+    with LLM(str(gguf_path()), dtype="float32", kv_memory_bytes=100 * 2**20, speculative=options) as speculating:
+        guessed = speculating.generate(prompts, list(SETTINGS.values()), use_tqdm=False)
+        counts = speculating.stats().drafts
+    for name, before, after in zip(SETTINGS, plain, guessed, strict=True):
+        assert [replace(sample, drafts=NO_DRAFTS) for sample in after.outputs] == before.outputs, name
+    assert 0 < counts.num_accepted < counts.num_drafted
+    assert guessed[1].outputs[0].stop_string == "the stream"
 
 
 def test_bad_words_are_not_said(llm):
