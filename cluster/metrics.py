@@ -244,7 +244,10 @@ class ReplicaMetrics:
         return (
             *(Point(metric.name, (), float(value)) for metric, value in values.items()),
             Point(CACHE_CONFIG.name, (str(stats.block_size), str(stats.num_blocks)), 1.0),
-            *(Point(SPEC_ACCEPTED_AT.name, (str(i),), float(n)) for i, n in enumerate(stats.drafts.accepted_at or (0,))),
+            *(
+                Point(SPEC_ACCEPTED_AT.name, (str(i),), float(n))
+                for i, n in enumerate(stats.drafts.accepted_at or (0,))
+            ),
             *(Point(REQUEST_SUCCESS.name, (reason,), float(n)) for reason, n in finished.items()),
             *(Point(name, (), h.distribution()) for name, h in self._histograms.items()),
         )
