@@ -414,8 +414,6 @@ class Scheduler:
         assert plan.step == result.step, (plan.step, result.step)
         self._retired_step = plan.step
         self._kv.retire(plan.step)
-        if self._speculator is not None:
-            self._speculator.take_guesses(result.draft_ids)
         outputs = [
             self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, (), result) for new in plan.new
         ]
@@ -429,6 +427,9 @@ class Scheduler:
         if self._speculator is not None:
             for output in sampled:
                 self.counters.drafts = self.counters.drafts.plus(output)
+            for request_id, draft_ids in result.draft_ids.items():
+                if (request := self._find(request_id)) is not None:  # it has neither ended nor been aborted meanwhile
+                    self._speculator.take_guesses(request, draft_ids)
         return sampled
 
     def _advance(

@@ -18,15 +18,16 @@ class DraftModelProposer:
     """Hands on what came with the results of steps. A guess's level is its place in the draft."""
 
     def __init__(self) -> None:
-        self._guessed: dict[RequestId, tuple[int, ...]] = {}
+        self._guessed: dict[RequestId, tuple[int, tuple[int, ...]]] = {}  # behind how many known tokens, and what
 
-    def take(self, draft_ids: Mapping[RequestId, tuple[int, ...]]) -> None:
-        """What the draft model guessed in a step, to follow the tokens that were sampled in it."""
-        self._guessed.update(draft_ids)
+    def take(self, request: Request, draft_ids: tuple[int, ...]) -> None:
+        """What the draft model guessed in a step, to follow the known tokens of `request`."""
+        self._guessed[request.request_id] = request.num_known, draft_ids
 
     def propose(self, request: Request, most: int) -> Draft:
-        token_ids = self._guessed.pop(request.request_id, ())[: max(most, 0)]
-        if not token_ids:
+        num_known, token_ids = self._guessed.pop(request.request_id, (0, ()))
+        token_ids = token_ids[: max(most, 0)]
+        if num_known != request.num_known or not token_ids:
             return NO_DRAFT
         return Draft(token_ids, tuple([min(index, NUM_LEVELS - 1) for index in range(len(token_ids))]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from shoal.engine.config import SpeculativeOptions
 from shoal.engine.request import Request, RequestId
@@ -115,7 +115,9 @@ class Speculator:
         if not self._options.adaptive:
             return 0.0, 0.0
         step = self._step_time.estimate() or NOMINAL
-        seconds = step.seconds(0, num_decode, sum([request.num_known for request in requests]))
+        num_context = sum([request.num_known for request in requests])
+        if not (seconds := step.seconds(0, num_decode, num_context)):  # all that was seen is explained by prompts
+            step, seconds = NOMINAL, NOMINAL.seconds(0, num_decode, num_context)
         if step is NOMINAL or self._step_time.has_varied(DECODE_INPUT):
             return seconds, MARGIN * step.per_decode_token
         return seconds, MARGIN * seconds * NOMINAL_TOKEN_COST / (1.0 + NOMINAL_TOKEN_COST * num_decode)
@@ -136,10 +138,10 @@ class Speculator:
         round_cost = step.per_draft_round if step is not None and has_varied else self._draft_round_cost * seconds
         return self._rounds.choose(requests, self._acceptance, seconds, token_cost, MARGIN * round_cost)
 
-    def take_guesses(self, draft_ids: Mapping[RequestId, tuple[int, ...]]) -> None:
-        """Those of the draft model, with the result of a step."""
+    def take_guesses(self, request: Request, draft_ids: tuple[int, ...]) -> None:
+        """Those of the draft model, to follow the known tokens of a request that goes on."""
         if self._drafted is not None:
-            self._drafted.take(draft_ids)
+            self._drafted.take(request, draft_ids)
 
     def observe(self, request: Request, token_ids: Sequence[int]) -> None:
         """A step gave these tokens to a request that `choose` saw when it was planned."""

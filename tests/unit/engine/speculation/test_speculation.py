@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from shoal.engine.config import SpeculativeOptions
-from shoal.engine.request import FinishReason, Request
+from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.request import FinishReason, Request, RequestId
+from shoal.engine.speculation.draft_model import DraftModelProposer
 from shoal.engine.speculation.proposer import NO_DRAFT, Draft
 
 Guess = Callable[[tuple[int, ...], int], Sequence[int]]  # known tokens, how many -> guesses
@@ -139,6 +142,24 @@ def test_drafts_preempt_nobody(speculative: MakeSpeculative) -> None:
         harness.add(name, (1, 2, 3, ord(name)), max_tokens=8)  # 3 blocks each at the end
     harness.drain()
     assert harness.core.stats().preemptions_total == 0
+
+
+def test_guesses_for_a_request_that_left_meanwhile_are_not_kept(make_harness: MakeHarness) -> None:
+    proposer = DraftModelProposer()
+    harness = make_harness(proposer=proposer, speculative=SpeculativeOptions(method="ngram", adaptive=False))
+    harness.add("stays", (1, 2, 3))
+    harness.add("goes", (4, 5, 6))
+    harness.step()
+    execute = harness.executor.execute
+
+    def abort_meanwhile(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        harness.core.abort(RequestId("goes"))
+        return replace(result, draft_ids={RequestId("stays"): (7,), RequestId("goes"): (8,)})
+
+    harness.executor.execute = abort_meanwhile
+    harness.step()
+    assert list(proposer._guessed) == ["stays"]
 
 
 class Speculation(RuleBasedStateMachine):

@@ -197,11 +197,23 @@ def test_a_draft_model_that_does_not_pay_is_asked_now_and_then_and_ever_rarer() 
     assert gaps == [FIRST_PROBE_STEPS * 2**i for i in range(1, len(gaps) + 1)]
 
 
-def test_guesses_of_the_draft_model_are_proposed_once() -> None:
+def test_guesses_of_the_draft_model_are_proposed_once_and_where_they_belong() -> None:
     proposer, each = DraftModelProposer(), request("a")
-    proposer.take({RequestId("a"): (5, 6, 7)})
+    proposer.take(each, (5, 6, 7))
     assert proposer.propose(each, 2) == Draft((5, 6), (0, 1))
     assert proposer.propose(each, 2) == NO_DRAFT
-    proposer.take({RequestId("a"): (5,)})
+    proposer.take(each, (5,))
+    each.num_known += 1  # it went on without them
+    assert proposer.propose(each, 2) == NO_DRAFT
+    proposer.take(each, (5,))
     proposer.forget(each)
     assert proposer.propose(each, 2) == NO_DRAFT
+
+
+def test_a_step_that_is_said_to_take_no_time_is_none() -> None:
+    """Where the fit explains all that it saw by prompts, nothing is divided by zero."""
+    speculator = Speculator(
+        SpeculativeOptions(method="draft_model", model="m", num_speculative_tokens=GAMMA),
+        DraftModelProposer(), cast(StepTimeFit, KnownTime(0.0, 0.0)),
+    )  # fmt: skip
+    assert 0 < speculator.choose_rounds([request("a")])["a"] <= GAMMA
