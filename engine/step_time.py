@@ -28,8 +28,8 @@ class StepWork(NamedTuple):
 
 
 def work_of(plan: StepPlan) -> StepWork:
-    counts = [entry.num_new - len(entry.draft_ids) for entry in plan.continued] + [new.num_new for new in plan.new]
-    num_decode = counts.count(1) + sum([len(entry.draft_ids) for entry in plan.continued])
+    counts = [entry.num_new for entry in plan.continued] + [new.num_new for new in plan.new]
+    num_decode = counts.count(1) + sum([entry.num_new for entry in plan.continued if entry.draft_ids])
     num_context = sum([entry.num_computed for entry in plan.continued]) + sum([new.num_computed for new in plan.new])
     num_draft_rounds = max([entry.num_to_draft for entry in plan.continued], default=0)
     return StepWork(plan.num_tokens - num_decode, num_decode, num_context, num_draft_rounds)

@@ -438,14 +438,30 @@ class Scheduler:
         """Positions up to `end` are computed now, `num_new` of them new and the last of them guesses; take in what was
         sampled.
         """
-        running = self._running.get(request_id)
-        request = running or self._waiting.get(request_id)  # preempted while the step ran: its tokens count
+        request = running = self._running.get(request_id)
         if request is None:
-            return None  # finished or aborted meanwhile
+            request = self._waiting.get(request_id)  # preempted while the step ran: its tokens count
+            if request is None:
+                return None  # finished or aborted meanwhile
         token_ids = result.token_ids.get(request_id, ())
         is_beam = request_id in self._beams
         if token_ids and not is_beam:
-            token_ids = self._append(request, token_ids)
+            if request.first_token_s is None:
+                request.first_token_s = self._clock()
+                self._wake_forks(request_id)
+            output_ids, count = request.output_ids, 0
+            for token in token_ids:  # in place: a call costs 256 times a step
+                count += 1
+                output_ids.append(token)
+                request.num_known = known = request.num_known + 1
+                if token in request.end_ids and len(output_ids) >= request.params.min_tokens:
+                    request.finish_reason = FinishReason.STOP
+                elif known >= request.max_known:
+                    request.finish_reason = FinishReason.LENGTH
+                else:
+                    continue
+                token_ids = token_ids[:count]
+                break
             if self._speculator is not None:
                 self._speculator.observe(request, token_ids)
         if running is not None:
@@ -455,7 +471,7 @@ class Scheduler:
                 request.num_expected = request.num_known
             request.num_computed = end
             if num_new > 1 or end % self._kv.block_size == 0:
-                self._kv.commit(request)
+                self._kv.commit(running)
         elif draft_ids:
             self._waiting.expect(request, request.num_known)
         if not token_ids:
@@ -476,23 +492,6 @@ class Scheduler:
             times=self._finish(request),
             num_drafted=len(draft_ids),
         )
-
-    def _append(self, request: Request, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Take in what was sampled up to where the request ends; the answer is that."""
-        if request.first_token_s is None:
-            request.first_token_s = self._clock()
-            self._wake_forks(request.request_id)
-        for count, token in enumerate(token_ids, start=1):
-            request.output_ids.append(token)
-            request.num_known = known = request.num_known + 1
-            if token in request.end_ids and len(request.output_ids) >= request.params.min_tokens:
-                request.finish_reason = FinishReason.STOP
-            elif known >= request.max_known:
-                request.finish_reason = FinishReason.LENGTH
-            else:
-                continue
-            return token_ids[:count]
-        return token_ids
 
     def _finish(self, request: Request) -> RequestTimes:
         if self._running.pop(request.request_id, None) is not None:
