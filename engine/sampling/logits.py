@@ -50,7 +50,8 @@ class BadWords:
         self._num_recent = max(map(len, words)) - 1
         own = [word for word in words if word[-1] in vocab]
         rows = [[_ANY] * (self._num_recent + 1 - len(word)) + list(word[:-1]) for word in own]
-        self._before = torch.tensor(rows, dtype=torch.int64, device=device).view(len(own), -1)  # [words, recent]
+        self._before = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._before = self._before.view(len(own), self._num_recent)  # [words, recent]
         self._last = torch.tensor([word[-1] - vocab.start for word in own], dtype=torch.int64, device=device)  # [words]
         recent = ([_NONE] * self._num_recent + list(output_ids))[len(output_ids) :]
         self.recent = torch.tensor(recent, dtype=torch.int64, device=device)  # [recent] tokens, the latest at the end

@@ -14,6 +14,7 @@ from shoal.engine.parallel.collectives import SingleRank
 from shoal.engine.parallel.topology import SINGLE
 from shoal.engine.request import RequestId, SamplingParams, TokenLogprobs
 from shoal.engine.sampling.batch import SampleBatch
+from shoal.engine.sampling.logits import BadWords
 from shoal.engine.sampling.sampler import Sampler
 from shoal.kernels import dispatch
 
@@ -150,6 +151,19 @@ def test_a_bad_word_is_banned_where_the_rest_of_it_was_said(logits):
         for name, params in ((n, SamplingParams(temperature=0, bad_words_token_ids=w)) for n, w in words.items())
     }
     assert said == {"alone": False, "after 3 4": False, "after 4": False, "after 3": True, "two": False}
+
+
+@pytest.mark.parametrize("words", [[(3, 4, 5)], [(5,)], [(5,), (4, 30)], [(3, 4, 30), (4, 5)]])
+def test_each_part_of_a_vocabulary_bans_its_own(logits, words):
+    """A part may have none of the words."""
+    whole, parts = logits[0].clone(), logits[0].clone()
+    BadWords(words, (3, 3, 4), range(VOCAB), torch.device("cpu")).apply(whole)
+    for part in (range(20), range(20, 40), range(40, 60)):  # the last one ends past the vocabulary
+        padded = torch.cat((parts, torch.zeros(10)))[part.start : part.stop]
+        BadWords(words, (3, 3, 4), part, torch.device("cpu")).apply(padded)
+        parts[part.start : part.stop] = padded[: len(parts[part.start : part.stop])]
+    assert torch.equal(parts, whole)
+    assert torch.isinf(whole).sum() == len(words)
 
 
 def test_a_bad_word_of_the_prompt_only_is_none(logits):
