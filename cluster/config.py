@@ -250,6 +250,7 @@ class ModelSettings(Settings):
     fairness: FairnessSettings = FairnessSettings()
     autoscaling: AutoscalingSettings | None = Field(default=None, description="None: always so many `replicas`")
     drain_timeout: float = Field(default=300.0, gt=0, description="seconds to finish streams in")
+    usd_per_hour: float | None = Field(default=None, ge=0, description="of one replica; counted as cost")
 
     @field_validator("stage_layers")
     @classmethod
@@ -341,6 +342,36 @@ class HttpSettings(Settings):
     max_body_bytes: Bytes = Field(default=32 * 2**20, ge=1024)
 
 
+class AdminSettings(Settings):
+    """The operators' port, on the head node: status page, metrics, explanations. Never the public port.
+
+    The default host is reachable from this machine only.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=1, le=65535, description="None: the one after http.port")
+
+
+class AuthSettings(Settings):
+    """Who may ask. Without a keys_file anybody may."""
+
+    keys_file: str | None = Field(default=None, description="hashed API keys and their limits; read again on change")
+
+
+class TracingSettings(Settings):
+    """Where the spans of requests go, besides the timelines that a gateway keeps."""
+
+    otlp_endpoint: str | None = Field(default=None, description="of an OTLP collector over HTTP; None: nowhere")
+    sample_ratio: float = Field(default=1.0, ge=0, le=1, description="share of the requests whose client does not say")
+
+
+class LogSettings(Settings):
+    """How gateways and replicas log."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
 class RaySettings(Settings):
     """address: None starts a Ray of our own, on this host; "auto" or "host:port" joins a running one.
 
@@ -356,9 +387,17 @@ class ClusterConfig(Settings):
 
     models: tuple[ModelSettings, ...] = Field(default=(ModelSettings(name=EMBEDDED_MODEL),), min_length=1)
     http: HttpSettings = HttpSettings()
+    admin: AdminSettings = AdminSettings()
+    auth: AuthSettings = AuthSettings()
+    tracing: TracingSettings = TracingSettings()
+    logging: LogSettings = LogSettings()
     gateways: int = Field(default=1, ge=1)
     gateway_labels: dict[str, str] = Field(default={}, description="a Ray label selector: the nodes for gateways")
     ray: RaySettings = RaySettings()
+
+    @property
+    def admin_port(self) -> int:
+        return self.admin.port if self.admin.port is not None else self.http.port + 1
 
     @field_validator("models")
     @classmethod
