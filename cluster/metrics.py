@@ -1,7 +1,8 @@
 """Every Prometheus name in one list, and how the values get from the replicas into one exposition.
 
 Names are vLLM's where the meaning is the same, so that its dashboards work; ours begin with `shoal:`.
-Replicas measure (`ReplicaMetrics`), a gateway collects their snapshots and renders them together (`render`).
+Replicas and gateways measure (`ReplicaMetrics`, `HttpMetrics`, ...), the admin port collects their snapshots and renders
+them together (`render`).
 """
 
 from __future__ import annotations
@@ -94,14 +95,13 @@ MESSAGES_DROPPED = Metric(
     "shoal:token_messages_dropped", "counter", "Step messages dropped because a gateway stopped reading."
 )
 
-# Of a gateway.
+# Of a gateway. The label gateway comes first.
 HTTP_REQUESTS = Metric("shoal:http_requests", "counter", "HTTP answers sent.", ("handler", "method", "status"))
 HTTP_OPEN = Metric("shoal:http_requests_open", "gauge", "HTTP requests being answered.")
 HTTP_SECONDS = Metric(
     "shoal:http_request_duration_seconds", "histogram", "From request to the end of its answer.",
     ("handler", "method"), _REQUEST_SECONDS,
 )  # fmt: skip
-REPLICAS = Metric("shoal:replicas_reporting", "gauge", "Replicas that answered this scrape.", ("model_name",))
 GATEWAY_WAITING = Metric(
     "shoal:gateway_waiting", "gauge", "Calls held in this gateway until it is their turn.", ("model_name",)
 )
@@ -128,6 +128,11 @@ INDEX_STALENESS = Metric(
     ("model_name", "engine"),
 )  # fmt: skip
 
+# Of the cluster as a whole.
+REPLICAS = Metric("shoal:replicas_reporting", "gauge", "Replicas that answered this scrape.", ("model_name",))
+GATEWAYS = Metric("shoal:gateways_reporting", "gauge", "Gateways that answered this scrape.")
+GATEWAYS_SILENT = Metric("shoal:gateways_silent", "gauge", "Gateways that were asked and did not answer this scrape.")
+
 REPLICA_METRICS = (
     RUNNING, WAITING, KV_USAGE, CACHE_CONFIG, PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, PROMPT_TOKENS,
     GENERATION_TOKENS, REQUEST_SUCCESS, TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, INFERENCE_TIME,
@@ -135,10 +140,11 @@ REPLICA_METRICS = (
     PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED,
 )  # fmt: skip
 GATEWAY_METRICS = (
-    HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
+    HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
     ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
 )  # fmt: skip
-METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS}
+CLUSTER_METRICS = (REPLICAS, GATEWAYS, GATEWAYS_SILENT)
+METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS + CLUSTER_METRICS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,16 +308,24 @@ class HttpMetrics:
         )
 
 
-def render(replicas: Mapping[tuple[str, str], Snapshot], gateway: Snapshot = ()) -> str:
-    """The exposition (Prometheus text format 0.0.4) of replicas by (model_name, engine) and of a gateway.
+def render(
+    replicas: Mapping[tuple[str, str], Snapshot],
+    gateways: Mapping[str, Snapshot] | None = None,
+    cluster: Snapshot = (),
+) -> str:
+    """The exposition (Prometheus text format 0.0.4) of replicas by (model_name, engine), of gateways by label, and of
+    the cluster as a whole.
 
-    One family per name, whatever the number of replicas.
+    One family per name, whatever the number of replicas and gateways.
     """
     families: dict[str, Family] = {}
     for owner, snapshot in replicas.items():
         for point in snapshot:
             _add_point(families, point, ("model_name", "engine"), owner)
-    for point in gateway:
+    for label, snapshot in (gateways or {}).items():
+        for point in snapshot:
+            _add_point(families, point, ("gateway",), (label,))
+    for point in cluster:
         _add_point(families, point, (), ())
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(families))
