@@ -1,8 +1,8 @@
 """Every Prometheus name in one list, and how the values get from the replicas into one exposition.
 
 Names are vLLM's where the meaning is the same, so that its dashboards work; ours begin with `shoal:`.
-Replicas and gateways measure (`ReplicaMetrics`, `HttpMetrics`, ...), the admin port collects their snapshots and renders
-them together (`render`).
+Replicas and gateways measure (`ReplicaMetrics`, `HttpMetrics`, ...); the admin port collects their snapshots and
+renders them together (`render`).
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def test_commands_and_their_options() -> None:
     }
     assert options == {
         "serve": [
-            "--help", "--host", "--port", "--model-name", "--replicas", "--routing", "--tensor-parallel",
+            "--help", "--host", "--port", "--admin-host", "--admin-port", "--model-name", "--replicas", "--routing",
+            "--tensor-parallel",
             "--pipeline-parallel", "--stages", "--node-labels", "--speculative",
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
@@ -168,8 +169,5 @@ def test_http_routes() -> None:
         ("POST", "/detokenize"),
         ("GET", "/health"),
         ("GET", "/ping"),
-        ("GET", "/metrics"),
-        ("GET", "/status"),
-        ("GET", "/debug/routing"),
         ("GET", "/version"),
     }

@@ -19,14 +19,18 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 
 # Of one connection, or of the browser's talk with this origin.
 _NOT_SENT_ON: Final = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade expect host "
-    "content-length accept-encoding origin referer cookie sec-fetch-site sec-fetch-mode sec-fetch-dest "
-    "sec-fetch-user".split()
-)
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
+        "upgrade", "expect", "host", "content-length", "accept-encoding", "origin", "referer", "cookie",
+        "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user",
+    }
+)  # fmt: skip
 _NOT_SENT_BACK: Final = frozenset(
-    "connection keep-alive proxy-authenticate trailer transfer-encoding upgrade content-length date server "
-    "set-cookie content-security-policy".split()
-)
+    {
+        "connection", "keep-alive", "proxy-authenticate", "trailer", "transfer-encoding", "upgrade", "content-length",
+        "date", "server", "set-cookie", "content-security-policy",
+    }
+)  # fmt: skip
 
 
 class Proxy:
@@ -35,11 +39,15 @@ class Proxy:
     def __init__(
         self, base_url: str, *, max_body_bytes: int, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        """`base_url` of the gateways' port; `transport` is for tests."""
+        """`base_url` of the gateways' port. `transport`: another way there than TCP."""
         self._max_body_bytes = max_body_bytes
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
-        # The environment's proxies are not for a port of this machine.
-        self._client = httpx.AsyncClient(base_url=base_url, timeout=timeout, trust_env=False, transport=transport)
+        self._client = httpx.AsyncClient(
+            base_url=base_url,
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S),
+            trust_env=False,  # the environment's proxies are not for a port of this machine
+            transport=transport,
+            headers={"accept-encoding": "identity"},  # the answer is passed on as it is
+        )
 
     async def close(self) -> None:
         await self._client.aclose()
