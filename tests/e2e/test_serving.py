@@ -146,7 +146,7 @@ async def test_an_abort_storm_leaves_nothing_behind(server) -> None:
             await stream.close()
 
         await asyncio.gather(*(open_and_drop() for _ in range(40)))
-    left = await asyncio.to_thread(_wait_until_idle, server.url)
+    left = await asyncio.to_thread(_wait_until_idle, server.admin_url)
     assert left["vllm:kv_cache_usage_perc"] == 0
     assert left["vllm:request_success_total"] > 0
 
@@ -174,7 +174,7 @@ def test_clients_that_leave_before_the_answer_cost_the_proxy_nothing(server) -> 
         client.close()
         time.sleep(0.7)
     assert haproxy_seconds(server) - before < 0.5
-    assert samples(server.url)["vllm:num_requests_running"] == 0
+    assert samples(server.admin_url)["vllm:num_requests_running"] == 0
 
 
 def haproxy_seconds(server) -> float:
@@ -188,7 +188,7 @@ def haproxy_seconds(server) -> float:
 
 def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
     ask(client, max_tokens=4)
-    found = samples(server.url)
+    found = samples(server.admin_url)
     suffix = {"gauge": "", "counter": "_total", "histogram": "_count"}
     missing = [name for name, metric in metrics.METRICS.items() if name + suffix[metric.kind] not in found]
     assert not missing
@@ -200,7 +200,7 @@ def test_chat_and_status_talk_to_it(server, capsys: pytest.CaptureFixture[str]) 
     message = str(QUESTION[0]["content"])
     assert cli.main(["chat", "--url", server.url, "-m", message, "--temperature", "0", "--max-tokens", "24"]) == 0
     assert "Paris" in capsys.readouterr().out
-    assert cli.main(["status", "--url", server.url]) == 0
+    assert cli.main(["status", "--url", server.admin_url]) == 0
     assert f"{EMBEDDED_MODEL} (up to 8192 tokens): 1 replica(s)" in capsys.readouterr().out
 
 
