@@ -272,10 +272,18 @@ def chromium() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tab(chromium: ModuleType) -> Iterator[Any]:
+def browser_tab(chromium: ModuleType) -> Iterator[Any]:
     """An empty page of a headless browser."""
     executable = chromium.find()
     if executable is None:
         pytest.skip("there is no Chromium")
     with chromium.browser(executable) as tab:
         yield tab
+
+
+@pytest.fixture
+def tab(browser_tab: Any, admin: Admin) -> Iterator[Any]:
+    """The same for one test; it asks its server for nothing more once that goes."""
+    browser_tab.errors.clear()
+    yield browser_tab
+    browser_tab.open("about:blank")

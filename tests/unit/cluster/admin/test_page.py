@@ -13,7 +13,6 @@ import pytest
 def page(tab: Any, admin: Any) -> Iterator[Any]:
     """The status page over a cluster that has been busy; it may complain of nothing."""
     admin.live(40)
-    tab.errors.clear()
     tab.size(1280, 900)
     tab.open(f"{admin.url}/?{time.monotonic()}")
     tab.wait_for("document.querySelectorAll('.group').length > 0 && document.querySelector('.plot .line')")
