@@ -127,7 +127,7 @@ async def test_a_client_that_leaves_ends_the_gateways_request(client: Any, admin
         await anext(answer.aiter_raw())
         assert admin.gateway.num_open == 1
     async with asyncio.timeout(10):
-        while admin.gateway.num_open:  # in another event loop
+        while admin.gateway.num_open:  # noqa: ASYNC110  (it is in another event loop)
             await asyncio.sleep(0.01)
 
 
