@@ -29,8 +29,8 @@ from shoal.cluster.config import EMBEDDED_MODEL
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 SHAPE: Final = (
-    "--replicas", "2", "--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "16MiB",
-    "--max-model-len", "2048", "--speculative", "suffix",
+    "--replicas", "2", "--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "64MiB",
+    "--max-model-len", "1024", "--speculative", "suffix",
 )  # fmt: skip
 NUM_CLIENTS: Final = 6
 LOAD_S: Final = 150.0

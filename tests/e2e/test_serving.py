@@ -8,6 +8,7 @@ import json
 import os
 import random
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,45 @@ def test_chat_and_status_talk_to_it(server, capsys: pytest.CaptureFixture[str]) 
     assert "Paris" in capsys.readouterr().out
     assert cli.main(["status", "--url", server.admin_url]) == 0
     assert f"{EMBEDDED_MODEL} (up to 8192 tokens): 1 replica(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/debug/routing", "/debug/requests"])
+def test_what_is_for_operators_is_on_the_admin_port_only(server, path: str) -> None:
+    with urllib.request.urlopen(f"{server.admin_url}{path}", timeout=30) as answer:
+        assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(f"{server.url}{path}", timeout=30)
+    assert error.value.code == 404
+
+
+def test_the_playgrounds_way_is_that_of_any_client(server) -> None:
+    body = {"model": EMBEDDED_MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
+    headers = {"content-type": "application/json", "origin": server.admin_url}
+    request = urllib.request.Request(f"{server.admin_url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        assert answer.headers["x-shoal-replica"] == "0"
+
+
+def test_a_killed_admin_disturbs_no_stream_and_comes_back(server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=EMBEDDED_MODEL, prompt="Count:", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    server.kill_one("ray::ServeReplica:shoal:admin")
+    assert client.models.list().data[0].id == EMBEDDED_MODEL
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{server.admin_url}/health", timeout=5) as answer:
+                if json.load(answer)["gateways"] == 1:
+                    return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_killed_replica_fails_its_calls_at_once_and_comes_back(server, client: openai.OpenAI) -> None:
