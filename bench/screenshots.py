@@ -33,7 +33,7 @@ SHAPE: Final = (
     "--max-model-len", "1024", "--speculative", "suffix",
 )  # fmt: skip
 NUM_CLIENTS: Final = 6
-LOAD_S: Final = 150.0
+LOAD_S: Final = 120.0
 ANSWER_TIMEOUT_S: Final = 120.0
 MAX_BYTES: Final = 200_000
 THEMES: Final = ("a harbour at night", "the history of bread", "how a clock works", "a walk in the mountains")
@@ -96,7 +96,7 @@ def _client(url: str, number: int, is_over: threading.Event) -> None:
 
 def look(url: str, tab: chromium.Tab) -> None:
     """Both pictures."""
-    tab.size(1280, 1290)
+    tab.size(1280, 1180)
     tab.open(f"{url}/")
     tab.wait_for("document.querySelectorAll('.group').length === 2 && document.querySelector('#decisions tbody tr')")
     time.sleep(4.0)  # a group's KV use comes with the history

@@ -1,4 +1,4 @@
-"""What the status page plots: rates and percentiles between successive measurements, for the last half hour."""
+"""What the status page plots: rates and percentiles between measurements, for the last half hour."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from shoal.cluster.metrics import (
 log = logging.getLogger(__name__)
 
 PERIOD_S: Final = 2.0
+WINDOW_S: Final = 10.0  # that a rate or percentile is of: with less, a few requests are a hedge of spikes
 KEPT_S: Final = 1800.0
 QUANTILES: Final = (0.5, 0.95, 0.99)
 
@@ -42,7 +43,7 @@ _Key: TypeAlias = tuple[str, tuple[str, ...]]  # of a metric's value: its name a
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one model's replicas, or of all, over one period. None: nothing happened that could be measured.
+    """Of one model's replicas, or of all. None: nothing happened meanwhile that could be measured.
 
     Percentiles are those of QUANTILES, in seconds; rates per second.
     """
@@ -61,7 +62,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class HistoryPoint:
-    """One period, which ended at `seconds`, Unix time.
+    """The time up to `seconds`, Unix time.
 
     kv_usage: share of each replica's KV blocks, by "model/label". requests_per_s: answers to POSTs, by HTTP status.
     """
@@ -80,7 +81,7 @@ class History:
         self._cluster = cluster
         self._period_s = period_s
         self._points: deque[HistoryPoint] = deque(maxlen=round(KEPT_S / period_s))
-        self._last: Measured | None = None
+        self._recent: deque[Measured] = deque(maxlen=round(WINDOW_S / period_s))
 
     async def run(self) -> None:
         """Measure for as long as this task lives. What goes wrong is logged, and the next period tries again."""
@@ -92,21 +93,21 @@ class History:
             await asyncio.sleep(self._period_s)
 
     def add(self, measured: Measured) -> None:
-        """The next measurement."""
-        last, self._last = self._last, measured
-        if last is not None and measured.seconds > last.seconds:
-            self._points.append(between(last, measured))
+        """The next measurement. It is compared with that of WINDOW_S ago."""
+        if self._recent and measured.seconds > self._recent[-1].seconds:
+            self._points.append(between(self._recent[0], measured))
+        self._recent.append(measured)
 
     def since(self, seconds: float) -> list[HistoryPoint]:
-        """Periods that ended later than that, oldest first."""
+        """The points later than that, oldest first."""
         return [point for point in self._points if point.seconds > seconds]
 
 
 def between(before: Measured, after: Measured) -> HistoryPoint:
-    """What happened from one measurement to the next.
+    """What happened from one measurement to a later one.
 
-    A replica that is new in `after` counts from the next period on, and one whose counters have gone back, which is a
-    new one under an old label, counts from zero: no rate is ever negative, and none holds what came before.
+    A replica that is new in `after` does not count yet, and one whose counters have gone back, which is a new one under
+    an old label, counts from zero: no rate is ever negative, and none holds what came before.
     """
     seconds = after.seconds - before.seconds
     assert seconds > 0, (before.seconds, after.seconds)

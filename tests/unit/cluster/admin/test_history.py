@@ -127,6 +127,15 @@ def test_no_rate_is_negative_whatever_counters_do(counts: list[tuple[int, int]])
         assert figures.prompt_tokens_per_s >= 0
 
 
+def test_points_are_of_the_last_ten_seconds() -> None:
+    history = History(cluster=None, period_s=2.0)  # type: ignore[arg-type]
+    for period in range(20):
+        history.add(measured(2.0 * period, {"0": snapshot(generation_tokens_total=100 if period >= 8 else 0)}))
+    rates = {point.seconds: point.all.output_tokens_per_s for point in history.since(0.0)}
+    assert [seconds for seconds, rate in rates.items() if rate] == [16.0, 18.0, 20.0, 22.0, 24.0]
+    assert all(rate in (0.0, 10.0) for rate in rates.values())
+
+
 def test_half_an_hour_is_kept_and_told_from_where_the_reader_is() -> None:
     history = History(cluster=None, period_s=2.0)  # type: ignore[arg-type]
     for period in range(1000):

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.cluster.admin.join import join_decisions
 from shoal.cluster.admin.page import read_page
+from shoal.cluster.admin.proxy import Proxy
+from shoal.cluster.admin.routes import build_admin_app
 from shoal.cluster.admin.server import PortTakenError, bind
 from shoal.cluster.channel import GatewayFacts
 
@@ -86,9 +88,9 @@ async def test_requests_are_found_by_their_id(client: Any, admin: Any) -> None:
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "request_not_found")
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "limit=nan"])
-async def test_limits_that_are_none_are_refused(client: Any, query: str) -> None:
-    assert (await client.get(f"/debug/requests?{query}")).status_code == 400
+async def test_limits_that_are_none_are_refused(client: Any) -> None:
+    for query in ("limit=0", "limit=x", "limit=1001", "limit=nan"):
+        assert (await client.get(f"/debug/requests?{query}")).status_code == 400
 
 
 async def test_history_goes_on_from_where_the_reader_is(client: Any, admin: Any) -> None:
@@ -153,24 +155,22 @@ async def test_other_routes_of_the_gateway_are_not_passed_on(client: Any) -> Non
 # -- browsers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["evil.com:8001", "evil.com", "127.0.0.1.evil.com", "localhost.evil.com", ""])
-async def test_a_name_that_a_stranger_may_own_is_refused(client: Any, host: str) -> None:
-    for path in ("/", "/metrics", "/status", "/v1/models"):
-        answer = await client.get(path, headers={"host": host})
-        assert answer.status_code in (400, 421)
-        assert "smollm2" not in answer.text
+async def test_a_name_that_a_stranger_may_own_is_refused(client: Any) -> None:
+    for host in ("evil.com:8001", "evil.com", "127.0.0.1.evil.com", "localhost.evil.com", ""):
+        for path in ("/", "/metrics", "/status", "/v1/models"):
+            answer = await client.get(path, headers={"host": host})
+            assert answer.status_code in (400, 421), host
+            assert "smollm2" not in answer.text
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1:8001", "[::1]:8001", "10.0.0.7", "localhost", "head:8001", "shoal.svc", "shoal.example.com"]
-)
-async def test_addresses_names_of_the_network_and_listed_names_are_known(client: Any, host: str) -> None:
-    assert (await client.get("/health", headers={"host": host})).status_code == 200
+async def test_addresses_names_of_the_network_and_listed_names_are_known(client: Any) -> None:
+    known = ("127.0.0.1:8001", "[::1]:8001", "10.0.0.7", "localhost", "head:8001", "shoal.svc", "shoal.example.com")
+    for host in known:
+        assert (await client.get("/health", headers={"host": host})).status_code == 200, host
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+async def test_another_sites_post_is_refused(client: Any, admin: Any) -> None:
+    for headers in (
         {"origin": "http://evil.com"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:1"},
@@ -178,13 +178,11 @@ async def test_addresses_names_of_the_network_and_listed_names_are_known(client:
         {"sec-fetch-site": "same-site"},
         {"content-type": "text/plain"},
         {"content-type": "application/x-www-form-urlencoded"},
-    ],
-)
-async def test_another_sites_post_is_refused(client: Any, admin: Any, headers: dict[str, str]) -> None:
-    answer = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
-    assert answer.status_code in (403, 415)
+    ):
+        answer = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert answer.status_code in (403, 415), headers
+        assert "access-control-allow-origin" not in answer.headers
     assert admin.gateway.bodies == []
-    assert "access-control-allow-origin" not in answer.headers
 
 
 async def test_the_pages_own_post_is_let_through(client: Any, admin: Any) -> None:
@@ -230,9 +228,6 @@ async def test_a_port_is_waited_for_and_named_where_nobody_leaves_it() -> None:
 
 
 async def test_a_gateway_that_is_not_there_is_an_error_in_words(admin: Any) -> None:
-    from shoal.cluster.admin.proxy import Proxy
-    from shoal.cluster.admin.routes import build_admin_app
-
     proxy = Proxy("http://127.0.0.1:9", max_body_bytes=1024)
     app = build_admin_app(admin.cluster, admin.history, proxy)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as other:
