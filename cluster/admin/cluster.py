@@ -20,6 +20,7 @@ REPLICAS_TIMEOUT_S: Final = 5.0  # for what it asks its replicas, and Serve, fir
 NUM_TRIES: Final = 2  # of gateways, where one is enough
 
 Decisions: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]  # by model, newest first
+Timelines: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]  # "recent", newest first, and "slowest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class Cluster(Protocol):
         """The last routing decisions, by gateway. Raises NoGatewayError."""
         ...
 
-    async def timelines(self, limit: int) -> Sequence[Mapping[str, Any]]:
-        """Of up to `limit` requests of each gateway that answers, the slowest first."""
+    async def timelines(self, limit: int) -> Sequence[Timelines]:
+        """Of each gateway that answers, with up to `limit` requests of each kind."""
         ...
 
     async def timeline(self, request_id: str) -> Mapping[str, Any] | None:
@@ -96,10 +97,10 @@ class ServeCluster:
             raise NoGatewayError("no gateway answers")
         return dict(answers)
 
-    async def timelines(self, limit: int) -> Sequence[Mapping[str, Any]]:
+    async def timelines(self, limit: int) -> Sequence[Timelines]:
         """See `Cluster.timelines`."""
         answers, _ = await self._ask_all("timelines", limit)
-        return [timeline for answer in answers for timeline in answer]
+        return answers
 
     async def timeline(self, request_id: str) -> Mapping[str, Any] | None:
         """See `Cluster.timeline`."""

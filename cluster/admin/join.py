@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shoal.cluster.admin.cluster import Decisions, Measured
+from shoal.cluster.admin.cluster import Decisions, Measured, Timelines
 from shoal.cluster.metrics import GATEWAYS, GATEWAYS_SILENT, REPLICAS, Point, render
 
 
@@ -44,6 +44,17 @@ def join_decisions(by_gateway: Mapping[str, Decisions], model: str | None = None
         for name in names
         if model in (None, name)
     ]
+
+
+def join_timelines(of_gateways: Iterable[Timelines], limit: int) -> dict[str, list[Mapping[str, Any]]]:
+    """Up to `limit` requests of each kind: those that ended last, and those that took longest."""
+    answers = list(of_gateways)
+    recent = [one for answer in answers for one in answer["recent"]]
+    slowest = [one for answer in answers for one in answer["slowest"]]
+    return {
+        "recent": sorted(recent, key=lambda one: float(one["started_unix_s"] + one["seconds"]), reverse=True)[:limit],
+        "slowest": sorted(slowest, key=lambda one: float(one["seconds"]), reverse=True)[:limit],
+    }
 
 
 def _marked(by_gateway: Mapping[str, Decisions], model: str) -> Iterator[dict[str, Any]]:

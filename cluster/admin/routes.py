@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from shoal.cluster.admin.cluster import Cluster, NoGatewayError
 from shoal.cluster.admin.guard import Guard
 from shoal.cluster.admin.history import PERIOD_S, QUANTILES, History
-from shoal.cluster.admin.join import exposition, health, join_decisions
+from shoal.cluster.admin.join import exposition, health, join_decisions, join_timelines
 from shoal.cluster.admin.page import read_page
 from shoal.cluster.admin.proxy import Proxy
 from shoal.cluster.gateway.errors import ApiError
@@ -85,9 +85,9 @@ class _Admin:
         return _json({"models": [model | {"decisions": model["decisions"][:limit]} for model in models]})
 
     async def list_requests(self, http: Request) -> Response:
+        """The last ones and the slowest; `show_request` has their spans."""
         limit = _limit(http)
-        timelines = await self._cluster.timelines(limit)
-        return _json({"requests": timelines})
+        return _json(join_timelines(await self._cluster.timelines(limit), limit))
 
     async def show_request(self, http: Request) -> Response:
         request_id = http.path_params["request_id"]

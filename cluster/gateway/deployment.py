@@ -124,9 +124,9 @@ class Gateway:
         """This gateway's label, and its last routing decisions by model, newest first."""
         return self._label, {name: backend.explain() for name, backend in self._backends.items()}
 
-    async def timelines(self, limit: int) -> list[dict[str, Any]]:
-        """Of up to `limit` requests, the slowest first."""
-        return []
+    async def timelines(self, limit: int) -> dict[str, list[dict[str, Any]]]:
+        """Of "recent" requests, newest first, and of the "slowest"; up to `limit` of each, without their spans."""
+        return {"recent": [], "slowest": []}
 
     async def timeline(self, request_id: str) -> dict[str, Any] | None:
         """Of one request; None where this gateway does not know it."""

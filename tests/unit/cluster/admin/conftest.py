@@ -7,7 +7,7 @@ import importlib.util
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from shoal.cluster.admin.cluster import ClusterStatus, Decisions, Measured, NoGatewayError
+from shoal.cluster.admin.cluster import ClusterStatus, Decisions, Measured, NoGatewayError, Timelines
 from shoal.cluster.admin.history import History
 from shoal.cluster.admin.proxy import Proxy
 from shoal.cluster.admin.routes import build_admin_app
@@ -117,8 +117,9 @@ class PlayedCluster:
             "1": {MODEL: [_decision(EVIL, 5.0)], EVIL: []},
         }
 
-    async def timelines(self, limit: int) -> Sequence[Mapping[str, Any]]:
-        return self.requests[:limit]
+    async def timelines(self, limit: int) -> Sequence[Timelines]:
+        told = [{name: one[name] for name in one if name != "spans"} for one in self.requests]
+        return [{"recent": told[::-1], "slowest": told}]
 
     async def timeline(self, request_id: str) -> Mapping[str, Any] | None:
         return next((one for one in self.requests if one["request_id"] == request_id), None)
@@ -133,6 +134,25 @@ def _ranks(group: int) -> tuple[RankInfo, ...]:
         RankInfo(stage, 0, f"10.0.0.{group + 1}", 100 + 10 * group + stage, "AMD EPYC", 15 * stage, 15, 2**27, 2**26)
         for stage in range(2)
     )
+
+
+def timeline(request_id: str, seconds: float) -> dict[str, Any]:
+    """Of a request, as a gateway tells it."""
+
+    def span(name: str, start: float, end: float, *spans: Any) -> dict[str, Any]:
+        return {"name": name, "start_s": start * seconds, "end_s": end * seconds, "attributes": {}, "spans": spans}
+
+    call = span("call", 0.1, 0.9, span("queue", 0.1, 0.5), span("decode", 0.5, 0.9, span("rank pp0/tp0", 0.5, 0.9)))
+    return {
+        "request_id": request_id,
+        "model": MODEL,
+        "outcome": "finished",
+        "started_unix_s": 1000.0,
+        "seconds": seconds,
+        "ttft_s": seconds / 2,
+        "explanation": [f"{EVIL} waited for KV blocks", "then it decoded"],
+        "spans": [span("tokenize", 0.0, 0.1), call, span("answer", 0.9, 1.0)],
+    }
 
 
 def _decision(request_id: str, seconds_ago: float) -> dict[str, Any]:
@@ -251,6 +271,11 @@ class Admin:
 def admin() -> Iterator[Admin]:
     with Admin() as admin:
         yield admin
+
+
+@pytest.fixture
+def make_timeline() -> Callable[[str, float], dict[str, Any]]:
+    return timeline
 
 
 @pytest.fixture

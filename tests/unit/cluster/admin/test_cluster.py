@@ -79,4 +79,5 @@ async def test_a_request_is_known_to_one_of_the_gateways() -> None:
     assert await cluster(handle).timeline("a") == {"request_id": "a"}
     assert handle.asked == [("timeline", ("a",))]
     assert await cluster(PlayedHandle(all=[None, None])).timeline("b") is None
-    assert await cluster(PlayedHandle(all=[[{"request_id": "a"}], []])).timelines(5) == [{"request_id": "a"}]
+    told = {"recent": [{"request_id": "a"}], "slowest": []}
+    assert await cluster(PlayedHandle(all=[told, TimeoutError()])).timelines(5) == [told]

@@ -6,7 +6,7 @@ import itertools
 from bisect import bisect_left
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.cluster.admin.cluster import Measured
@@ -100,6 +100,7 @@ def test_percentiles_are_those_of_the_period(admin: Any) -> None:
 BOUNDS = (0.1, 0.5, 1.0, 5.0)
 
 
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 20), min_size=1), st.floats(0.01, 1))
 def test_a_quantile_is_in_the_bucket_of_its_value(values: list[float], share: float) -> None:
     counts = [0] * (len(BOUNDS) + 1)
@@ -115,6 +116,7 @@ def test_a_quantile_is_in_the_bucket_of_its_value(values: list[float], share: fl
     assert lower - 1e-9 <= found <= upper + 1e-9
 
 
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=2, max_size=8))
 def test_no_rate_is_negative_whatever_counters_do(counts: list[tuple[int, int]]) -> None:
     states = [

@@ -59,12 +59,17 @@ def test_decisions_are_shown_with_the_cost_of_every_group(page: Any) -> None:
     assert row.count("30 ms") == 2
 
 
-def test_the_slowest_requests_are_shown_with_their_spans_once_there_are_some(page: Any, admin: Any) -> None:
+def test_the_slowest_requests_are_shown_with_their_spans_once_there_are_some(
+    page: Any, admin: Any, make_timeline: Any
+) -> None:
     assert page.run("document.querySelector('#requests-part').hidden")
-    spans = [{"kind": "queue", "start_s": 5.0, "end_s": 6.0}, {"kind": "decode", "start_s": 6.0, "end_s": 9.0}]
-    admin.cluster.requests = [{"request_id": "slow-1", "model": "smollm2", "replica": "0", "spans": spans}]
-    page.wait_for("document.querySelectorAll('#requests .spans i').length === 2")
-    assert "slow-1" in text(page, "#requests")
+    admin.cluster.requests = [make_timeline("slow/1", 4.0), make_timeline("quick-2", 2.0)]
+    page.wait_for("document.querySelectorAll('#requests .spans').length === 2")
+    names = page.run("[...document.querySelectorAll('#requests .spans')].map((bar) => bar.getAttribute('aria-label'))")
+    assert names[0] == "tokenize 400 ms, queue 1.60 s, decode 1.60 s, answer 400 ms"
+    shown = text(page, "#requests")
+    assert shown.index("slow/1") < shown.index("quick-2")
+    assert "onerror=window.hacked=1> waited for KV blocks" in shown
 
 
 def test_names_from_outside_stay_text(page: Any) -> None:
@@ -122,14 +127,12 @@ def test_a_refusal_is_shown_in_the_servers_words(tab: Any, admin: Any) -> None:
     assert "401: this server wants an API key" in text(tab, ".message.failed")
 
 
-@pytest.mark.parametrize("fragment", ["", "#playground"])
-@pytest.mark.parametrize("is_dark", [False, True])
-def test_a_phone_needs_no_horizontal_scrolling(page: Any, admin: Any, fragment: str, is_dark: bool) -> None:
-    page.size(360, 740, is_mobile=True, is_dark=is_dark)
-    page.open(f"{admin.url}/?phone{is_dark}{fragment}")
-    page.wait_for("document.querySelectorAll('.group').length > 0")
-    assert page.run("document.documentElement.scrollWidth") <= 360
-    assert page.run("document.documentElement.clientWidth") == 360
+def test_a_phone_needs_no_horizontal_scrolling(page: Any) -> None:
+    page.size(360, 740, is_mobile=True, is_dark=True)
+    for fragment in ("", "#playground"):
+        page.run(f"location.hash = '{fragment}'")
+        assert page.run("document.documentElement.scrollWidth") <= 360
+        assert page.run("document.documentElement.clientWidth") == 360
 
 
 def test_a_server_that_goes_is_missed_and_found_again(tab: Any, admin: Any) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.cluster.admin.join import join_decisions
+from shoal.cluster.admin.join import join_decisions, join_timelines
 from shoal.cluster.admin.page import read_page
 from shoal.cluster.admin.proxy import Proxy
 from shoal.cluster.admin.routes import build_admin_app
@@ -74,15 +74,27 @@ async def test_decisions_of_all_gateways_are_told_newest_first(client: Any) -> N
     assert (await client.get("/debug/routing?model=none")).status_code == 404
 
 
+def test_the_slowest_and_the_last_requests_are_those_of_all_gateways() -> None:
+    def told(start: float, seconds: float) -> dict[str, float]:
+        return {"started_unix_s": start, "seconds": seconds}
+
+    early, late, long = told(1.0, 2.0), told(9.0, 1.0), told(2.0, 5.0)
+    one = {"recent": [late, early], "slowest": [early, late]}
+    other = {"recent": [long], "slowest": [long]}
+    joined = join_timelines([one, other], limit=2)
+    assert joined == {"recent": [late, long], "slowest": [long, early]}
+
+
 def test_a_model_that_one_gateway_does_not_know_yet_is_told() -> None:
     joined = join_decisions({"0": {"a": []}, "1": {"a": [], "b": [{"seconds_ago": 1.0}]}})
     assert [model["name"] for model in joined] == ["a", "b"]
 
 
-async def test_requests_are_found_by_their_id(client: Any, admin: Any) -> None:
-    assert (await client.get("/debug/requests")).json() == {"requests": []}
-    admin.cluster.requests = [{"request_id": "a/b", "spans": []}, {"request_id": "c", "spans": []}]
-    assert len((await client.get("/debug/requests?limit=1")).json()["requests"]) == 1
+async def test_requests_are_found_by_their_id(client: Any, admin: Any, make_timeline: Any) -> None:
+    assert (await client.get("/debug/requests")).json() == {"recent": [], "slowest": []}
+    admin.cluster.requests = [make_timeline("c", 1.0), make_timeline("a/b", 2.0)]
+    (slowest,) = (await client.get("/debug/requests?limit=1")).json()["slowest"]
+    assert slowest["request_id"] == "a/b"
     assert (await client.get("/debug/requests/a/b")).json()["request_id"] == "a/b"
     missing = await client.get("/debug/requests/d")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "request_not_found")
