@@ -87,6 +87,7 @@ def _admin(config: ClusterConfig) -> Application:
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         logging_config=LOGGING,
         graceful_shutdown_timeout_s=ADMIN_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
