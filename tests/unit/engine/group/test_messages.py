@@ -29,6 +29,7 @@ from shoal.engine.group.messages import (
     Stepped,
     ToRank,
     Welcome,
+    Worked,
     decode_from_rank,
     decode_to_rank,
     encode,
