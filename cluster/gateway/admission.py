@@ -14,14 +14,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from shoal.cluster.gateway.backend import Backend, GenerateCall, Placement, Prediction
 from shoal.cluster.gateway.calibration import Calibration, DrainRate
 from shoal.cluster.gateway.fairness import OUTPUT_WEIGHT, FairQueue
 from shoal.cluster.metrics import GATEWAY_QUEUE_SECONDS, GATEWAY_WAITING, REQUESTS_REFUSED, Histogram, Point, Snapshot
-from shoal.engine.request import RequestError, RequestOutput
+from shoal.engine.request import RequestError, RequestOutput, RequestTimes
 
 TTFT_HEADER: Final = "x-slo-ttft-ms"
 TPOT_HEADER: Final = "x-slo-tpot-ms"
@@ -112,6 +112,12 @@ class Visit:
     last_s: float = 0.0
     num_tokens: int = 0  # of all its samples
     num_cached_tokens: int = 0
+    held_since_s: float | None = None
+    num_ahead: int = 0  # calls that were held when it began to be, whoever's turn it was
+    num_tenants_ahead: int = 0
+    sent_s: float | None = None  # to a replica
+    ended_s: float | None = None
+    times: list[RequestTimes] = field(default_factory=list)  # of the samples that finished; a replica's clock
 
 
 class Admission:
@@ -159,6 +165,7 @@ class Admission:
         """
         try:
             await self._enter(visit)
+            visit.sent_s = self.clock()
             async with aclosing(self._backend.generate(visit.call)) as steps:
                 async for outputs in steps:
                     self._observe(visit, outputs)
@@ -246,7 +253,8 @@ class Admission:
                 code="queue_full",
                 retry_after_s=ahead_s / self._drain.rate(1),
             )
-        start = self.clock()
+        visit.held_since_s = start = self.clock()
+        visit.num_ahead, visit.num_tenants_ahead = len(self._queue), self._queue.num_tenants
         visit.turn = asyncio.get_running_loop().create_future()
         self._queue.add(visit, visit.tenant, visit.call.priority, visit.work_s, start)
         self._changed.set()
@@ -312,6 +320,8 @@ class Admission:
         num_tokens = 0
         for output in outputs:
             num_tokens += len(output.token_ids)
+            if output.times is not None:
+                visit.times.append(output.times)
         visit.num_tokens += num_tokens
         self._queue.charge(visit.tenant, OUTPUT_WEIGHT * num_tokens)
 
@@ -327,6 +337,7 @@ class Admission:
         self._settle(visit)
 
     def _leave(self, visit: Visit) -> None:
+        visit.ended_s = self.clock()
         if visit in self._queue:
             self._queue.drop(visit)
         num_steps = visit.num_tokens / visit.call.params.num_samples - 1

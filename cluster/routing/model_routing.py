@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 Metadata = Mapping[str, Any]  # of a replica: what its `record_replica_metadata` says
 LABEL: Final = "label"
+MAX_CANDIDATES: Final = 4  # of a decision, that a timeline tells
 Reason = Literal["cached", "elsewhere", "new"]
 
 
@@ -244,14 +245,27 @@ class ModelRouting:
             if num_output_tokens is not None:
                 self.router.finish(num_output_tokens)
 
-    def placement(self, call: GenerateCall) -> tuple[str, Estimate, bool] | None:
-        """An open call's replica, by its label, what was foreseen there, and whether its seconds are of measured rates.
-        Also after the first token.
+    def placement(self, call: GenerateCall) -> tuple[str, Estimate, Decision] | None:
+        """An open call's replica, by its label, what was foreseen there, and the decision. Also after the first
+        token.
         """
         one = self._open.get(request_id_of(call))
         if one is None or one.routed is None or one.decision is None:
             return None
-        return self.label(one.routed.key), one.routed.estimate, one.decision.is_known
+        return self.label(one.routed.key), one.routed.estimate, one.decision
+
+    def candidates(self, decision: Decision) -> tuple[Mapping[str, Any], ...]:
+        """The best few of a decision, by label, as plain data."""
+        return tuple(
+            {
+                "replica": self.label(target.key),
+                "num_matched_tokens": one.num_matched,
+                "ttft_s": one.ttft_s,
+                "cost_s": one.cost_s,
+            }
+            for target, one in decision.ranked[:MAX_CANDIDATES]
+            if one is not None
+        )
 
     def _count(self, decision: Decision, *, is_first: bool) -> None:
         if not is_first:  # a replica was full, and the same call is ranked again
