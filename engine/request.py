@@ -10,7 +10,7 @@ from itertools import chain
 from operator import add
 from typing import Literal, NamedTuple, NewType
 
-from shoal.engine.spans import Span, Tally, Trace
+from shoal.engine.spans import Obstacle, Span, Tally, Trace
 
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
@@ -319,6 +319,8 @@ class EngineStats:
     preemptions_total: int = 0
     requests_finished_total: int = 0
     drafts: DraftCounts = NO_DRAFTS
+    num_deferred: int = 0  # of those that wait, samples that wait for the prompt that another one computes
+    held_seconds_total: Mapping[Obstacle, float] = field(default_factory=dict)  # see `SpanRecorder.held_s`
 
     @property
     def kv_usage(self) -> float:

@@ -1,9 +1,8 @@
 """What became of a request, as spans of time. Standard library only, plain data: it crosses process borders.
 
-A request's spans follow each other: queue, prefill (one for each chunk), decode; after a preemption preempted, recompute
-and decode again. Between two chunks there may be a gap, of steps whose tokens others had; with pipeline stages, chunks
-that follow each other through the stages overlap. Seconds are time.monotonic()
-of the replica.
+A request's spans follow each other: queue, prefill (one for each chunk), decode; after a preemption preempted,
+recompute and decode again. Between two chunks there may be a gap, of steps whose tokens others had; with pipeline
+stages, chunks that follow each other through the stages overlap. Seconds are time.monotonic() of the replica.
 """
 
 from __future__ import annotations

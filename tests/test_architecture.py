@@ -153,6 +153,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     "cluster": {
         "ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec", "zmq", "yaml", "prometheus_client",
     },
+    "cluster.gateway.tracing": {"opentelemetry"},
     "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 

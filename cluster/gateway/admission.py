@@ -20,7 +20,15 @@ from typing import Final, Literal
 from shoal.cluster.gateway.backend import Backend, GenerateCall, Placement, Prediction
 from shoal.cluster.gateway.calibration import Calibration, DrainRate
 from shoal.cluster.gateway.fairness import OUTPUT_WEIGHT, FairQueue
-from shoal.cluster.metrics import GATEWAY_QUEUE_SECONDS, GATEWAY_WAITING, REQUESTS_REFUSED, Histogram, Point, Snapshot
+from shoal.cluster.metrics import (
+    GATEWAY_QUEUE_SECONDS,
+    GATEWAY_TOKENS,
+    GATEWAY_WAITING,
+    REQUESTS_REFUSED,
+    Histogram,
+    Point,
+    Snapshot,
+)
 from shoal.engine.request import RequestError, RequestOutput, RequestTimes
 
 TTFT_HEADER: Final = "x-slo-ttft-ms"
@@ -153,6 +161,7 @@ class Admission:
         self._drain = DrainRate()
         self._refused: Counter[RefusalReason] = Counter({"objective_unreachable": 0, "queue_full": 0})
         self._queue_seconds = Histogram(GATEWAY_QUEUE_SECONDS)
+        self._num_prompt_tokens = self._num_generated = 0
 
     @property
     def num_waiting(self) -> int:
@@ -179,6 +188,8 @@ class Admission:
     def snapshot(self, model_name: str) -> Snapshot:
         return (
             Point(GATEWAY_WAITING.name, (model_name,), float(len(self._queue))),
+            Point(GATEWAY_TOKENS.name, (model_name, "prompt"), float(self._num_prompt_tokens)),
+            Point(GATEWAY_TOKENS.name, (model_name, "generated"), float(self._num_generated)),
             Point(GATEWAY_QUEUE_SECONDS.name, (model_name,), self._queue_seconds.distribution()),
             *(Point(REQUESTS_REFUSED.name, (model_name, reason), float(n)) for reason, n in self._refused.items()),
         )
@@ -323,11 +334,13 @@ class Admission:
             if output.times is not None:
                 visit.times.append(output.times)
         visit.num_tokens += num_tokens
+        self._num_generated += num_tokens
         self._queue.charge(visit.tenant, OUTPUT_WEIGHT * num_tokens)
 
     def _start(self, visit: Visit, outputs: Sequence[RequestOutput], now: float) -> None:
         """The first token is there."""
         visit.first_s = now
+        self._num_prompt_tokens += len(visit.call.prompt_ids)
         visit.placement = self._backend.placement(visit.call)
         first_sample = visit.call.sample_ids[0]  # the others share its blocks, and compute no prompt
         visit.num_cached_tokens = sum(one.num_cached_tokens for one in outputs if one.request_id == first_sample)

@@ -6,19 +6,23 @@ import asyncio
 import time
 from collections import ChainMap
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
+from shoal.cluster.config import HttpSettings, LogSettings, ModelSettings, TracingSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.recording import Recorder
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
-from shoal.cluster.logs import adopt_serve_handlers
+from shoal.cluster.gateway.tracing import OtlpExport
+from shoal.cluster.logs import log_to_serve
 from shoal.cluster.metrics import REPLICAS, HttpMetrics, Point, render
 from shoal.cluster.routing.mirror import Mirror
 from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
@@ -34,9 +38,16 @@ class Gateway:
         http: HttpSettings,
         replicas: Mapping[str, DeploymentHandle[object]],
         own_ip: str | None = None,
+        *,
+        logs: LogSettings,
+        tracing: TracingSettings,
     ) -> None:
         """`own_ip`: where this gateway receives tokens; None is its node's address."""
-        adopt_serve_handlers()
+        log_to_serve(logs.format, logs.level)
+        self._export = _export(tracing)
+        self._recorder = Recorder(
+            sample_ratio=tracing.sample_ratio if self._export is not None else None, export=self._export
+        )
         self._http = http
         self._http_metrics = HttpMetrics()
         self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), take_peer_message)
@@ -86,8 +97,24 @@ class Gateway:
             admissions=self._admissions,
             max_body_bytes=self._http.max_body_bytes,
             metrics_text=self._metrics_text,
+            recorder=self._recorder,
         )
         return CountedApp(app, self._http_metrics)
+
+    async def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """Why a request took as long as it did: see `Recorder.timeline`. None where this gateway did not have it, or
+        has forgotten it.
+        """
+        return self._recorder.timeline(request_id)
+
+    async def timelines(self, limit: int = 50) -> dict[str, list[dict[str, Any]]]:
+        """The last requests and the slowest of late: see `Recorder.timelines`."""
+        return self._recorder.timelines(limit)
+
+    def __del__(self) -> None:
+        # Serve calls this once the gateway is drained.
+        if (export := getattr(self, "_export", None)) is not None:
+            export.close()
 
     async def _metrics_text(self) -> str:
         """Measurements of all models' replicas and of this gateway."""
@@ -98,8 +125,15 @@ class Gateway:
         )
         routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
         admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
-        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting)
+        exported = self._export.snapshot() if self._export is not None else ()
+        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting, *exported)
         return render(dict(ChainMap(*snapshots)), gateway=own)
+
+
+def _export(tracing: TracingSettings) -> OtlpExport | None:
+    if tracing.otlp_endpoint is None:
+        return None
+    return OtlpExport(tracing.otlp_endpoint, gateway=serve.get_replica_context().replica_id.unique_id)
 
 
 class CountedApp:

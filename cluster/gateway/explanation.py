@@ -40,7 +40,10 @@ def _causes(timeline: Timeline) -> Iterator[tuple[float, str]]:
     for span in timeline.spans:
         match span.name:
             case "auth":
-                yield span.seconds, "in the gateway before it was taken up: its key was checked, or the gateway was busy"
+                yield (
+                    span.seconds,
+                    "in the gateway before it was taken up, which checked its key or was busy",
+                )
             case "read":
                 yield span.seconds, "reading the body from the client"
             case "tokenize":
@@ -75,7 +78,10 @@ def _call_causes(call: TimelineSpan) -> Iterator[tuple[float, str]]:
             + _held_up(about["waits_s"]),
         )
     if chunks := by_name.get("prefill"):
-        yield _extent(chunks), f"prefill of {_work(chunks)}; {chunks[0].attributes['num_cached_tokens']} more were cached"
+        yield (
+            _extent(chunks),
+            f"prefill of {_work(chunks)}; {chunks[0].attributes['num_cached_tokens']} more were cached",
+        )
     if chunks := by_name.get("recompute"):
         yield sum(map(_own, chunks)), f"computing {_work(chunks)} again after a preemption"
     if gone := by_name.get("preempted"):

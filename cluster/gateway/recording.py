@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.cluster.gateway.explanation import explain
 from shoal.cluster.gateway.timeline import Recording, Timeline, TimelineStore
 from shoal.cluster.gateway.trace_context import TRACEPARENT, trace_context
+from shoal.cluster.logs import about_request
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class RecordingMiddleware:
             is_over = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            await self._app(scope, receive, send_and_look)
+            with about_request(request_id, traceparent or ""):
+                await self._app(scope, receive, send_and_look)
         except Exception:
             status, is_over = 500, True
             raise

@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 
 from shoal.cluster.gateway.admission import Visit
 from shoal.cluster.gateway.trace_context import TraceContext
-from shoal.engine.request import RequestTimes
 from shoal.engine.spans import Span
 
 MAX_RECENT: Final = 1000

@@ -34,17 +34,21 @@ def trace_context(traceparent: str | None, *, sample_ratio: float | None) -> Tra
     found = _FORM.fullmatch(traceparent.strip().lower()) if traceparent is not None else None
     if found is not None and _is_valid(*found.groups()):
         _, trace_id, parent_id, flags, _ = found.groups()
-        return TraceContext(trace_id, _new_id(64), parent_id, bool(int(flags, 16) & 1))
+        return TraceContext(trace_id, new_span_id(), parent_id, bool(int(flags, 16) & 1))
     if sample_ratio is None:
         return None
     trace_id = _new_id(128)
     # As OpenTelemetry's TraceIdRatioBased: every service with this ratio takes the same traces.
-    return TraceContext(trace_id, _new_id(64), "", int(trace_id[16:], 16) < round(sample_ratio * 2**64))
+    return TraceContext(trace_id, new_span_id(), "", int(trace_id[16:], 16) < round(sample_ratio * 2**64))
 
 
 def _is_valid(version: str, trace_id: str, parent_id: str, flags: str, rest: str | None) -> bool:
     has_own_form = version != "00" or rest is None  # later versions may add fields
     return version != "ff" and has_own_form and bool(int(trace_id, 16)) and bool(int(parent_id, 16))
+
+
+def new_span_id() -> str:
+    return _new_id(64)
 
 
 def _new_id(bits: int) -> str:

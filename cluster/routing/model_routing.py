@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,6 +18,7 @@ import msgspec
 
 from shoal.cluster.channel import GenerateCall, PeerMessage, ReplicaView, Reserved, Settled, decode_load
 from shoal.cluster.metrics import (
+    GROUP_RESTARTS,
     INDEX_BLOCKS,
     INDEX_STALENESS,
     ROUTING_DECISIONS,
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 Metadata = Mapping[str, Any]  # of a replica: what its `record_replica_metadata` says
 LABEL: Final = "label"
+MAX_LOST: Final = 256  # replicas that are remembered, so that none counts twice
 MAX_CANDIDATES: Final = 4  # of a decision, that a timeline tells
 Reason = Literal["cached", "elsewhere", "new"]
 
@@ -86,6 +89,8 @@ class ModelRouting:
         self._reports: dict[str, bytes] = {}
         self._block_size: int | None = None
         self._open: dict[str, _OpenCall] = {}
+        self._lost: deque[str] = deque(maxlen=MAX_LOST)
+        self._num_lost = 0
         self._decisions: dict[Reason, int] = {"cached": 0, "elsewhere": 0, "new": 0}
         self._prompt_tokens = 0
         self._matched_tokens = 0
@@ -129,6 +134,13 @@ class ModelRouting:
                 self._subscriber.unfollow(key)
             else:
                 self.router.index.close(target.slot)
+
+    def lose(self, key: str) -> None:
+        """A replica has died, and was not taken down in order. It counts once, however often this is said."""
+        with self.router.lock:
+            if key not in self._lost:
+                self._lost.append(key)
+                self._num_lost += 1
 
     def _add(self, key: str, metadata: Metadata) -> None:
         self._replicas[key] = metadata
@@ -292,6 +304,7 @@ class ModelRouting:
         """What this gateway has counted."""
         views = self.views()
         return (
+            Point(GROUP_RESTARTS.name, (model,), float(self._num_lost)),
             *(Point(ROUTING_DECISIONS.name, (model, reason), float(n)) for reason, n in self._decisions.items()),
             Point(ROUTING_SECONDS.name, (model,), self.router.decision_seconds_total),
             Point(ROUTING_PROMPT_TOKENS.name, (model,), float(self._prompt_tokens)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,7 +179,7 @@ def test_spans_follow_each_other_and_count_every_token(
         assert spans[0].kind == "queue"
         assert spans[0].start_s == times.arrival_s
         assert spans[-1].end_s == pytest.approx(times.finished_s)
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in itertools.pairwise(spans):
             assert before.end_s <= after.start_s + 1e-9
         computed = sum(span.num_tokens for span in spans if span.kind == "prefill")
         assert times.num_preemptions or computed + times.num_cached_tokens == times.num_prompt_tokens
