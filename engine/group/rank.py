@@ -263,6 +263,8 @@ class Rank:
                 message = decode_to_rank(self._plans.recv())
             except zmq.Again:
                 continue
+            if self._is_stopped.is_set():
+                break
             assert isinstance(message, kind), f"{message} instead of {kind.__name__}"
             return message
         raise StoppedError
