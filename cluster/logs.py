@@ -70,10 +70,14 @@ class JsonFormatter(logging.Formatter):
         values = vars(record)
         line: dict[str, Any] = {name: values[name] for name in _ADDED if values.get(name)}
         line["message"] = record.getMessage()
-        line |= {name: value for name, value in values.items() if name not in _STANDARD and name not in line}
+        line |= {name: value for name, value in values.items() if _is_told(name) and name not in line}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def _is_told(name: str) -> bool:
+    return name not in _STANDARD and not name.startswith("_")  # Ray adds a private one
 
 
 def log_to_serve(format: LogFormat, level: str, *, replica: str = "", node: str = "") -> None:

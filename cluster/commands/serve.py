@@ -52,7 +52,8 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     Raises ConfigError, for what can be known without starting anything.
     """
     start = time.monotonic()
-    log_to(sys.stdout if config.logging.format == "json" else sys.stderr, config.logging.format, config.logging.level)
+    if config.logging.format == "json":
+        log_to(sys.stdout, "json", config.logging.level)
     check_routing(config)
     if config.ray.address is None:  # otherwise port and files are those of other machines
         check_port(config.http.host, config.http.port)

@@ -89,6 +89,8 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
 
 def has_died(actor_name: str) -> bool:
     """Whether Ray knows no living actor of Serve by that name."""
+    if not ray.is_initialized():  # else asking would start one
+        return False
     try:
         ray.get_actor(actor_name, namespace=SERVE_NAMESPACE)
     except ValueError:
