@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tests.unit.cluster.gateway.test_timeline import recorded, visit
 
 from shoal.cluster.gateway import tracing
 from shoal.cluster.gateway.timeline import Recording
 from shoal.cluster.gateway.trace_context import trace_context
 from shoal.cluster.gateway.tracing import OtlpExport
-from tests.unit.cluster.gateway.test_timeline import recorded, visit
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
