@@ -97,8 +97,11 @@ def log_to_serve(format: LogFormat, level: str, *, replica: str = "", node: str 
 def log_to(stream: TextIO, format: LogFormat, level: str, *, replica: str = "", node: str = "") -> None:
     """In a process of our own: `shoal` log records to a stream, in place of where they went before."""
     handler = logging.StreamHandler(stream)
-    handler.addFilter(ContextFilter(replica=replica, node=node))
-    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(TEXT_FORMAT))
+    if format == "json":
+        handler.addFilter(ContextFilter(replica=replica, node=node))
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter(TEXT_FORMAT))
     ours = logging.getLogger("shoal")
     ours.handlers[:] = [handler]
     ours.propagate = False

@@ -125,7 +125,15 @@ class Visit:
     num_tenants_ahead: int = 0
     sent_s: float | None = None  # to a replica
     ended_s: float | None = None
+    num_prompt_tokens: int = field(init=False)
     times: list[RequestTimes] = field(default_factory=list)  # of the samples that finished; a replica's clock
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.call.prompt_ids)
+
+    def forget_prompt(self) -> None:
+        """Once it is over, so that it takes no memory where its times are kept."""
+        self.call = GenerateCall(self.call.request_id, (), self.call.params)
 
 
 class Admission:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any, Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.cluster.gateway.explanation import explain
-from shoal.cluster.gateway.timeline import Recording, Timeline, TimelineStore
+from shoal.cluster.gateway.timeline import Ended, Recording, Timeline, TimelineStore, outcome_of
 from shoal.cluster.gateway.trace_context import TRACEPARENT, trace_context
 from shoal.cluster.logs import about_request
 
@@ -23,14 +24,14 @@ _RECORDED: Final = frozenset(("/v1/chat/completions", "/v1/completions"))
 
 class Recorder:
     """Keeps timelines of one gateway. `sample_ratio`: of the traces that begin here, None where there is no tracing;
-    `export` gets the timelines, with the span of their client, that are sampled. It must not block.
+    `export` gets those that are sampled. It must not block.
     """
 
     def __init__(
         self,
         *,
         sample_ratio: float | None = None,
-        export: Callable[[Timeline, Recording], None] | None = None,
+        export: Callable[[Ended], None] | None = None,
         store: TimelineStore | None = None,
     ) -> None:
         self._sample_ratio = sample_ratio
@@ -41,12 +42,12 @@ class Recorder:
         trace = trace_context(traceparent, sample_ratio=self._sample_ratio)
         return Recording(request_id, path, time.monotonic(), time.time(), trace)
 
-    def end(self, recording: Recording, status: int, *, is_cut_off: bool) -> Timeline:
-        timeline = recording.finish(status, time.monotonic(), is_cut_off=is_cut_off)
-        self._store.add(timeline)
+    def end(self, recording: Recording, status: int, *, is_cut_off: bool) -> Ended:
+        ended = Ended(recording, status, time.monotonic(), is_cut_off)
+        self._store.add(ended)
         if self._export is not None and recording.trace is not None and recording.trace.is_sampled:
-            self._export(timeline, recording)
-        return timeline
+            self._export(ended)
+        return ended
 
     def timeline(self, request_id: str) -> dict[str, Any] | None:
         """The newest one of a request, by its x-request-id or the `id` of its answer, as JSON takes it.
@@ -109,7 +110,7 @@ class RecordingMiddleware:
             if recording is None:
                 _log_other(scope, request_id, status, time.monotonic() - start)
             else:
-                _log_timeline(self._recorder.end(recording, status, is_cut_off=not is_over))
+                _log_ended(self._recorder.end(recording, status, is_cut_off=not is_over))
 
 
 def _is_recorded(scope: Scope) -> bool:
@@ -123,30 +124,39 @@ def _header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
-def _log_timeline(timeline: Timeline) -> None:
+def _log_ended(ended: Ended) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
-    ttft = f", first token after {timeline.ttft_s:.3f} s" if timeline.ttft_s is not None else ""
+    one = ended.recording
+    num_prompt = num_cached = num_generated = num_preemptions = 0
+    ttft_s: float | None = None
+    for visit in one.visits:
+        num_prompt += visit.num_prompt_tokens
+        num_cached += visit.num_cached_tokens
+        num_generated += visit.num_tokens
+        num_preemptions += sum([times.num_preemptions for times in visit.times])
+        if visit.first_s is not None:
+            ttft_s = min(visit.first_s - one.arrived_s, ttft_s if ttft_s is not None else math.inf)
     fields: Mapping[str, Any] = {
-        "request_id": timeline.request_id,
-        "trace_id": timeline.trace_id,
-        "answer_id": timeline.answer_id,
-        "path": timeline.path,
-        "model": timeline.model,
-        "tenant": timeline.tenant,
-        "status": timeline.status,
-        "outcome": timeline.outcome,
-        "seconds": round(timeline.seconds, 6),
-        "ttft_s": round(timeline.ttft_s, 6) if timeline.ttft_s is not None else None,
-        "num_prompt_tokens": timeline.num_prompt_tokens,
-        "num_cached_tokens": timeline.num_cached_tokens,
-        "num_output_tokens": timeline.num_output_tokens,
-        "num_preemptions": timeline.num_preemptions,
+        "request_id": one.request_id,
+        "trace_id": one.trace.trace_id if one.trace is not None else "",
+        "answer_id": one.answer_id,
+        "path": one.path,
+        "model": one.model,
+        "tenant": one.tenant,
+        "status": ended.status,
+        "outcome": outcome_of(ended),
+        "seconds": round(ended.seconds, 6),
+        "ttft_s": round(ttft_s, 6) if ttft_s is not None else None,
+        "num_prompt_tokens": num_prompt,
+        "num_cached_tokens": num_cached,
+        "num_output_tokens": num_generated,
+        "num_preemptions": num_preemptions,
     }
     log.info(
-        "POST %s %d %s in %.3f s%s: %d prompt tokens, %d cached, %d generated [%s]",
-        timeline.path, timeline.status, timeline.outcome, timeline.seconds, ttft, timeline.num_prompt_tokens,
-        timeline.num_cached_tokens, timeline.num_output_tokens, timeline.request_id, extra=fields,
+        "POST %s %d %s in %.3f s: %d prompt tokens, %d cached, %d generated [%s]",
+        one.path, ended.status, fields["outcome"], ended.seconds, num_prompt, num_cached, num_generated,
+        one.request_id, extra=fields,
     )  # fmt: skip
 
 

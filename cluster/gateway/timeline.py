@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -105,11 +105,11 @@ class Recording:
             tenant=self.tenant,
             is_stream=self.is_stream,
             status=status,
-            outcome="failed" if self.has_failed else _outcome(status, is_cut_off),
+            outcome=_outcome(status, has_failed=self.has_failed, is_cut_off=is_cut_off),
             started_unix_s=self.arrived_unix_s,
             seconds=now - self.arrived_s,
             ttft_s=first_s - self.arrived_s if first_s is not None else None,
-            num_prompt_tokens=sum([len(visit.call.prompt_ids) for visit in visits]),
+            num_prompt_tokens=sum([visit.num_prompt_tokens for visit in visits]),
             num_cached_tokens=sum([visit.num_cached_tokens for visit in visits]),
             num_output_tokens=sum([visit.num_tokens for visit in visits]),
             num_preemptions=sum([one.num_preemptions for one in times]),
@@ -129,7 +129,34 @@ class Recording:
             yield TimelineSpan("answer", last_s - zero, now - zero)
 
 
-def _outcome(status: int, is_cut_off: bool) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A recording whose request is over. Its timeline is put together when somebody asks: few of them are ever read."""
+
+    recording: Recording
+    status: int
+    ended_s: float
+    is_cut_off: bool = False
+
+    def __post_init__(self) -> None:
+        for visit in self.recording.visits:
+            visit.forget_prompt()
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_s - self.recording.arrived_s
+
+    def timeline(self) -> Timeline:
+        return self.recording.finish(self.status, self.ended_s, is_cut_off=self.is_cut_off)
+
+
+def outcome_of(ended: Ended) -> Outcome:
+    return _outcome(ended.status, has_failed=ended.recording.has_failed, is_cut_off=ended.is_cut_off)
+
+
+def _outcome(status: int, *, has_failed: bool, is_cut_off: bool) -> Outcome:
+    if has_failed:
+        return "failed"
     if is_cut_off or status == _CLIENT_GONE:
         return "client_gone"
     if status >= 500:
@@ -140,7 +167,7 @@ def _outcome(status: int, is_cut_off: bool) -> Outcome:
 def _call_span(visit: Visit, zero: float, start: float, now: float) -> TimelineSpan:
     end = visit.ended_s if visit.ended_s is not None else now
     placement, last = visit.placement, max(visit.times, key=lambda one: one.finished_s, default=None)
-    about: dict[str, Any] = {"num_prompt_tokens": len(visit.call.prompt_ids), "num_output_tokens": visit.num_tokens}
+    about: dict[str, Any] = {"num_prompt_tokens": visit.num_prompt_tokens, "num_output_tokens": visit.num_tokens}
     if visit.call.params.num_samples > 1:
         about["num_samples"] = visit.call.params.num_samples
     parts: list[TimelineSpan] = []
@@ -218,7 +245,7 @@ def _engine_span(span: Span, shift: float, least_s: float, most_s: float) -> Tim
 
 
 class TimelineStore:
-    """The last timelines, and for a while the slowest ones. Times are of `clock`, in seconds."""
+    """The last timelines, and for a while the slowest ones."""
 
     def __init__(
         self,
@@ -226,49 +253,52 @@ class TimelineStore:
         max_recent: int = MAX_RECENT,
         max_slowest: int = MAX_SLOWEST,
         memory_s: float = SLOW_MEMORY_S,
-        clock: Any = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_recent = max_recent
         self._max_slowest = max_slowest
         self._memory_s = memory_s
         self._clock = clock
-        self._recent: OrderedDict[str, Timeline] = OrderedDict()
-        self._slowest: list[tuple[float, float, Timeline]] = []  # seconds, when it ended; the slowest last
+        self._recent: OrderedDict[str, Ended] = OrderedDict()
+        self._slowest: list[Ended] = []  # the slowest last
 
-    def add(self, timeline: Timeline) -> None:
-        self._recent.pop(timeline.request_id, None)
-        self._recent[timeline.request_id] = timeline
+    def add(self, ended: Ended) -> None:
+        request_id = ended.recording.request_id
+        self._recent.pop(request_id, None)
+        self._recent[request_id] = ended
         if len(self._recent) > self._max_recent:
             self._recent.popitem(last=False)
-        is_full = len(self._slowest) >= self._max_slowest
-        if is_full and timeline.seconds <= self._slowest[0][0] and self._slowest[0][1] > self._clock() - self._memory_s:
-            return
-        self._forget_old()
-        insort(self._slowest, (timeline.seconds, self._clock(), timeline), key=lambda entry: entry[0])
+        if len(self._slowest) >= self._max_slowest:
+            least = self._slowest[0]
+            if ended.seconds <= least.seconds and not self._is_old(least):
+                return
+            self._forget_old()
+        insort(self._slowest, ended, key=lambda one: one.seconds)
         del self._slowest[: -self._max_slowest]
 
     def find(self, request_id: str) -> Timeline | None:
         """By the id of the request or of its answer; the newest one of that id."""
         if (known := self._recent.get(request_id)) is not None:
-            return known
-        slowest = (timeline for _, _, timeline in reversed(self._slowest))
-        for timeline in (*reversed(self._recent.values()), *slowest):
-            if request_id in (timeline.request_id, timeline.answer_id):
-                return timeline
+            return known.timeline()
+        for ended in (*reversed(self._recent.values()), *reversed(self._slowest)):
+            if request_id in (ended.recording.request_id, ended.recording.answer_id):
+                return ended.timeline()
         return None
 
     def recent(self, limit: int) -> list[Timeline]:
         """Newest first."""
-        return [timeline for _, timeline in zip(range(limit), reversed(self._recent.values()), strict=False)]
+        return [ended.timeline() for _, ended in zip(range(limit), reversed(self._recent.values()), strict=False)]
 
     def slowest(self, limit: int) -> list[Timeline]:
         """Slowest first, of those that ended within `memory_s`."""
         self._forget_old()
-        return [timeline for _, _, timeline in reversed(self._slowest[-limit:])] if limit > 0 else []
+        return [ended.timeline() for ended in reversed(self._slowest[-limit:])] if limit > 0 else []
 
     def _forget_old(self) -> None:
-        oldest = self._clock() - self._memory_s
-        self._slowest = [entry for entry in self._slowest if entry[1] >= oldest]
+        self._slowest = [ended for ended in self._slowest if not self._is_old(ended)]
+
+    def _is_old(self, ended: Ended) -> bool:
+        return ended.ended_s < self._clock() - self._memory_s
 
 
 def timing_of(visits: Sequence[Visit]) -> dict[str, float]:

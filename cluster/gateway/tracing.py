@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from shoal.cluster.gateway.timeline import Recording, Timeline, TimelineSpan
+from shoal.cluster.gateway.timeline import Ended, Timeline, TimelineSpan
 from shoal.cluster.gateway.trace_context import TraceContext, new_span_id
 from shoal.cluster.metrics import TRACES, Point, Snapshot
 
@@ -48,7 +48,7 @@ class OtlpExport:
         logging.getLogger("opentelemetry.exporter.otlp.proto.http").setLevel(logging.CRITICAL)
         self._resource = Resource.create({"service.name": "shoal", "service.instance.id": gateway})
         self._period_s = period_s
-        self._queue: queue.Queue[tuple[Timeline, TraceContext] | None] = queue.Queue(max_queued)
+        self._queue: queue.Queue[Ended] = queue.Queue(max_queued)
         self._closing = threading.Event()
         self.num_exported = 0  # timelines
         self.num_dropped = 0
@@ -56,11 +56,10 @@ class OtlpExport:
         self._thread = threading.Thread(target=self._run, name="otlp-export", daemon=True)
         self._thread.start()
 
-    def __call__(self, timeline: Timeline, recording: Recording) -> None:
+    def __call__(self, ended: Ended) -> None:
         """Never blocks, never raises."""
-        assert recording.trace is not None
         try:
-            self._queue.put_nowait((timeline, recording.trace))
+            self._queue.put_nowait(ended)
         except queue.Full:
             self.num_dropped += 1
 
@@ -81,22 +80,20 @@ class OtlpExport:
             while batch := self._take():
                 self._send(batch)
 
-    def _take(self) -> list[tuple[Timeline, TraceContext]]:
-        batch: list[tuple[Timeline, TraceContext]] = []
+    def _take(self) -> list[Ended]:
+        batch: list[Ended] = []
         while len(batch) < MAX_BATCH:
             try:
-                item = self._queue.get_nowait()
+                batch.append(self._queue.get_nowait())
             except queue.Empty:
                 break
-            if item is not None:
-                batch.append(item)
         return batch
 
-    def _send(self, batch: list[tuple[Timeline, TraceContext]]) -> None:
+    def _send(self, batch: list[Ended]) -> None:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         try:
-            spans = [span for timeline, trace in batch for span in spans_of(timeline, trace, self._resource)]
+            spans = [span for ended in batch for span in spans_of(ended, self._resource)]
             is_sent = self._exporter.export(spans) is SpanExportResult.SUCCESS
         except Exception:
             log.exception("timelines could not be exported")
@@ -110,8 +107,10 @@ class OtlpExport:
         self._is_lost = not is_sent
 
 
-def spans_of(timeline: Timeline, trace: TraceContext, resource: Any) -> list[ReadableSpan]:
+def spans_of(ended: Ended, resource: Any) -> list[ReadableSpan]:
     """The request's own span, whose parent is the client's, and below it all that its timeline tells."""
+    trace, timeline = ended.recording.trace, ended.timeline()
+    assert trace is not None
     return list(_Spans(timeline, trace, resource).all())
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -18,6 +17,7 @@ from shoal.cluster.gateway.explanation import explain
 from shoal.cluster.gateway.recording import Recorder
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.gateway.timeline import (
+    Ended,
     Recording,
     Timeline,
     TimelineSpan,
@@ -26,7 +26,7 @@ from shoal.cluster.gateway.timeline import (
     server_timing,
     timing_of,
 )
-from shoal.cluster.gateway.trace_context import trace_context
+from shoal.cluster.gateway.trace_context import TraceContext, trace_context
 from shoal.engine.request import RequestTimes, SamplingParams
 from shoal.engine.spans import RankWork, Span
 
@@ -62,10 +62,15 @@ def visit(*, way_s: float = 0.05, back_s: float = 0.002) -> Visit:
     return one
 
 
-def recorded(one: Visit, status: int = 200, **fields: Any) -> Timeline:
+def ended(one: Visit, status: int = 200, *, is_cut_off: bool = False, trace: TraceContext | None = None) -> Ended:
     recording = Recording("r1", "/v1/chat/completions", 10.0, 1.7e9, taken_up_s=10.01, read_s=10.02, tokenized_s=10.05)
     recording.answer_id, recording.model, recording.tenant, recording.visits = "chatcmpl-1", "m", "blue", [one]
-    return recording.finish(status, 14.1, **fields)
+    recording.trace = trace
+    return Ended(recording, status, 14.1, is_cut_off)
+
+
+def recorded(one: Visit, status: int = 200, **fields: Any) -> Timeline:
+    return ended(one, status, **fields).timeline()
 
 
 def walk(spans: Iterable[TimelineSpan], within: tuple[float, float]) -> None:
@@ -128,20 +133,30 @@ def test_server_timing_adds_up_to_the_call() -> None:
 
 
 def test_the_store_keeps_the_last_and_the_slowest_for_a_while() -> None:
-    now = 0.0
+    now = 20.0
     store = TimelineStore(max_recent=3, max_slowest=2, memory_s=100.0, clock=lambda: now)
-    base = recorded(visit())
+
+    def add(name: str, seconds: float) -> None:
+        recording = Recording(f"r{name}", "/v1/completions", now - seconds, 1.7e9, answer_id=f"a{name}")
+        store.add(Ended(recording, 200, now))
+
     for index, seconds in enumerate((9.0, 1.0, 2.0, 8.0, 3.0)):
-        store.add(replace(base, request_id=f"r{index}", answer_id=f"a{index}", seconds=seconds))
+        add(str(index), seconds)
     assert [one.request_id for one in store.recent(9)] == ["r4", "r3", "r2"]
     assert [one.request_id for one in store.slowest(9)] == ["r0", "r3"]
     assert [one.request_id for one in store.slowest(0)] == []
     assert [store.find(name) is not None for name in ("r0", "a0", "r1", "a3", "r4")] == [True, True, False, True, True]
-    now = 101.0
+    now = 121.0
     assert store.slowest(9) == []
-    store.add(replace(base, request_id="r5", seconds=0.5))
+    add("5", 0.5)
     assert [one.request_id for one in store.slowest(9)] == ["r5"]
     assert store.find("r0") is None
+
+
+def test_what_is_kept_holds_no_prompt() -> None:
+    one = visit()
+    assert ended(one).timeline().num_prompt_tokens == 3100
+    assert one.call.prompt_ids == ()
 
 
 # -- over HTTP ------------------------------------------------------------------------------------------------

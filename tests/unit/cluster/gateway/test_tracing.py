@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tests.unit.cluster.gateway.test_timeline import recorded, visit
+from tests.unit.cluster.gateway.test_timeline import ended, visit
 
 from shoal.cluster.gateway import tracing
-from shoal.cluster.gateway.timeline import Recording
+from shoal.cluster.gateway.timeline import Ended
 from shoal.cluster.gateway.trace_context import trace_context
 from shoal.cluster.gateway.tracing import OtlpExport
 
@@ -49,8 +49,8 @@ def endpoint() -> Iterator[str]:
         thread.join()
 
 
-def a_recording(traceparent: str | None = PARENT) -> Recording:
-    return Recording("r1", "/v1/chat/completions", 10.0, 1.7e9, trace=trace_context(traceparent, sample_ratio=1.0))
+def an_ended(traceparent: str | None = PARENT) -> Ended:
+    return ended(visit(), trace=trace_context(traceparent, sample_ratio=1.0))
 
 
 def attributes_of(span: Any) -> dict[str, Any]:
@@ -59,16 +59,17 @@ def attributes_of(span: Any) -> dict[str, Any]:
 
 def test_a_collector_gets_the_tree_with_times_that_nest(endpoint: str) -> None:
     export = OtlpExport(endpoint, period_s=0.01, gateway="g7")
-    recording, timeline = a_recording(), recorded(visit())
-    export(timeline, recording)
+    one = an_ended()
+    timeline, trace = one.timeline(), one.recording.trace
+    export(one)
     export.close()
     assert (export.num_exported, export.num_dropped) == (1, 0)
     assert Collector.resources[0]["service.instance.id"] == "g7"
     spans = {span.span_id.hex(): span for span in Collector.spans}
     assert len(spans) == len(Collector.spans) == 20
     assert {span.trace_id.hex() for span in spans.values()} == {"0af7651916cd43dd8448eb211c80319c"}
-    assert recording.trace is not None
-    root = spans[recording.trace.span_id]
+    assert trace is not None
+    root = spans[trace.span_id]
     assert (root.name, root.parent_span_id.hex()) == ("chat m", "b7ad6b7169203331")
     assert root.start_time_unix_nano == 1_700_000_000_000_000_000
     assert root.end_time_unix_nano - root.start_time_unix_nano == pytest.approx(4.1e9, abs=1e3)
@@ -105,10 +106,10 @@ def test_a_collector_that_is_away_holds_nobody_up_and_what_is_lost_is_counted(
 ) -> None:
     monkeypatch.setattr(tracing, "EXPORT_TIMEOUT_S", 0.2)
     export = OtlpExport("http://127.0.0.1:9", max_queued=50, period_s=0.01)
-    recording, timeline = a_recording(None), recorded(visit())
+    one = an_ended(None)
     start = time.perf_counter()
     for _ in range(300):
-        export(timeline, recording)
+        export(one)
     assert time.perf_counter() - start < 0.1
     start = time.perf_counter()
     export.close()
@@ -122,6 +123,6 @@ def test_a_collector_that_is_away_holds_nobody_up_and_what_is_lost_is_counted(
 
 def test_an_endpoint_may_name_the_path_of_its_traces(endpoint: str) -> None:
     export = OtlpExport(f"{endpoint}/v1/traces", period_s=0.01)
-    export(recorded(visit()), a_recording(None))
+    export(an_ended(None))
     export.close()
     assert export.num_exported == 1
