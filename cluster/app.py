@@ -18,8 +18,9 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.schema import LoggingConfig
 
 from shoal.cluster.admin.deployment import GATEWAY_NAME, Admin
-from shoal.cluster.config import ClusterConfig, ModelSettings, parse_config
+from shoal.cluster.config import ClusterConfig, LogSettings, ModelSettings, parse_config
 from shoal.cluster.gateway.deployment import Gateway
+from shoal.cluster.logs import log_environment
 from shoal.cluster.replica.deployment import Replica
 from shoal.cluster.replica.placement import Placement, Resources, place
 from shoal.cluster.routing.policies import make_policy
@@ -35,7 +36,6 @@ THREAD_ENV = {"GOMP_SPINCOUNT": "3000"}
 HEALTH_CHECK_PERIOD_S = 1.0
 # A call that waits for a slow step must not be counted as a replica that hangs.
 HEALTH_CHECK_TIMEOUT_S = 30.0
-LOGGING = LoggingConfig(log_level="INFO", enable_access_log=False)  # /metrics counts requests
 # A rank may die while its group loads: Serve then makes another group. What cannot work at all ends `shoal serve`.
 MAX_STARTS = 3
 DRAIN_POLL_S = 0.2
@@ -59,7 +59,7 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
     for model in config.models:
         make_policy(model.routing.policy, model.routing.options)
     replicas = {
-        model.name: _replica(model, _deployment_name(index, model.name), progress_address, own_ip)
+        model.name: _replica(model, _deployment_name(index, model.name), progress_address, own_ip, config.logging)
         for index, model in enumerate(config.models)
     }
     gateway = serve.deployment(
@@ -68,14 +68,22 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
         num_replicas=config.gateways,
         max_ongoing_requests=100_000,  # calls wait in front of a replica, where the engine can see them
         ray_actor_options={"num_cpus": 0, **_label_selector(config.gateway_labels)},  # shares the cores that are left
-        logging_config=LOGGING,
+        logging_config=serve_logging(config.logging),
         graceful_shutdown_timeout_s=max(model.drain_timeout for model in config.models),
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=1,
     )
-    return gateway.bind(config.models, config.http, replicas, own_ip, admin=_admin(config))
+    return gateway.bind(
+        config.models,
+        config.http,
+        replicas,
+        own_ip,
+        admin=_admin(config),
+        logs=config.logging,
+        tracing=config.tracing,
+    )
 
 
 def _admin(config: ClusterConfig) -> Application:
@@ -85,14 +93,14 @@ def _admin(config: ClusterConfig) -> Application:
         name="admin",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-        logging_config=LOGGING,
+        logging_config=serve_logging(config.logging),
         graceful_shutdown_timeout_s=ADMIN_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
     )
-    return admin.bind(config.admin, config.admin_port, config.http)
+    return admin.bind(config.admin, config.admin_port, config.http, config.logging)
 
 
 def num_cpus(model: ModelSettings) -> float:
@@ -136,7 +144,15 @@ def _deployment_name(index: int, model: str) -> str:
     return f"replica-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}"
 
 
-def _replica(model: ModelSettings, name: str, progress_address: str | None, own_ip: str | None) -> Application:
+def serve_logging(settings: LogSettings) -> LoggingConfig:
+    """Serve's own lines look as ours do. It logs no requests: the gateway does."""
+    encoding = "JSON" if settings.format == "json" else "TEXT"
+    return LoggingConfig(encoding=encoding, log_level=settings.level, enable_access_log=False)
+
+
+def _replica(
+    model: ModelSettings, name: str, progress_address: str | None, own_ip: str | None, logs: LogSettings
+) -> Application:
     deployment = serve.deployment(
         Replica,
         name=name,
@@ -146,15 +162,15 @@ def _replica(model: ModelSettings, name: str, progress_address: str | None, own_
         request_router_config=RequestRouterConfig(
             request_router_class=ShoalRouter, request_router_kwargs=model.routing.model_dump()
         ),
-        logging_config=LOGGING,
+        logging_config=serve_logging(logs),
         graceful_shutdown_timeout_s=model.drain_timeout,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
-        **_where(model),
+        **_where(model, log_environment(logs.format, logs.level)),
     )
-    return deployment.bind(model, _rank_resources(model), progress_address, own_ip)
+    return deployment.bind(model, _rank_resources(model), progress_address, own_ip, logs=logs)
 
 
 def scaling_options(model: ModelSettings) -> dict[str, Any]:
@@ -187,10 +203,10 @@ def scaling_options(model: ModelSettings) -> dict[str, Any]:
     return {"autoscaling_config": config}
 
 
-def _where(model: ModelSettings) -> dict[str, Any]:
+def _where(model: ModelSettings, log_env: Mapping[str, str]) -> dict[str, Any]:
     """Serve's options for the place of a replica: an actor if it is one process, else a placement group."""
     # Ray sets OMP_NUM_THREADS to 1 unless it is told. The ranks inherit the environment.
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV}}
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV, **log_env}}
     placement = _placement(model)
     rank = _rank_resources(model)
     if model.num_ranks == 1:

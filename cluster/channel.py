@@ -41,6 +41,8 @@ class GenerateCall:
     priority: int = 0
     cache_salt: str = ""
     session: str = ""  # calls that the client says belong together
+    http_request_id: str = ""  # the x-request-id of the HTTP request that it is for
+    traceparent: str = ""  # W3C Trace Context of that request's span, where it has one
 
     @property
     def sample_ids(self) -> tuple[RequestId, ...]:

@@ -69,6 +69,14 @@ _STATUS_EXAMPLES = """examples:
   shoal status --json | jq .models
 """
 
+_WHY_EXAMPLES = """examples:
+  shoal why chatcmpl-1f0c...                   where the time of that answer went; or its x-request-id
+  shoal why                                    the slowest requests of late
+  shoal why my-request-7 --url http://head:8001 --json
+
+A gateway remembers its last 1,000 requests, and the 100 slowest of the last hour.
+"""
+
 _SIMULATE_EXAMPLES = """examples:
   shoal simulate --trace mooncake.jsonl --replicas 16 --hardware h100-8b       Shoal's policies
   shoal simulate --trace azure.csv --replicas 8 --hardware profile.yaml --policy all --ttft-ms 500 --plot out.svg
@@ -129,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_chat(commands)
     _add_status(commands)
+    _add_why(commands)
     _add_bench(commands)
     _add_simulate(commands)
     return parser
@@ -222,6 +231,14 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status.add_argument("--url", default="http://127.0.0.1:8001", help="its admin port (default: %(default)s)")
     status.add_argument("--ray-address", metavar="ADDRESS", help="ask Ray about the deployments instead")
     status.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_why(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    why = _add_command(commands, "why", "show why a request took as long as it did", _WHY_EXAMPLES)
+    why.set_defaults(run=_why)
+    why.add_argument("request_id", nargs="?", metavar="REQUEST_ID", help="default: a list of the slowest")
+    why.add_argument("--url", default="http://127.0.0.1:8001", help="the server's admin port (default: %(default)s)")
+    why.add_argument("--json", action="store_true", help="for programs")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -347,6 +364,12 @@ def _status(args: argparse.Namespace) -> int:
     from shoal.cluster.commands.status import status
 
     return status(args.url, ray_address=args.ray_address, is_json=args.json)
+
+
+def _why(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.why import why
+
+    return why(args.url, args.request_id, is_json=args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:

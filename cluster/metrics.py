@@ -24,6 +24,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5,
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _REQUEST_SECONDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
 _TOKENS = tuple(float(scale * 10**power) for power in range(6) for scale in (1, 2, 5))
+_PREEMPTIONS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 _SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0, 64.0)
 
 
@@ -81,6 +82,21 @@ SPEC_ACCEPTED_AT = Metric(
     "vllm:spec_decode_num_accepted_tokens_per_pos", "counter", "Drafts that were accepted, the first ones at 0.",
     ("position",),
 )  # fmt: skip
+REQUEST_PREEMPTIONS = Metric(
+    "vllm:request_num_preemptions", "histogram", "Times a request lost its KV blocks.", buckets=_PREEMPTIONS
+)
+WAITING_BY_REASON = Metric(
+    "vllm:num_requests_waiting_by_reason", "gauge",
+    "Requests waiting to be admitted: for capacity, or deferred until another sample has computed their prompt.",
+    ("reason",),
+)  # fmt: skip
+HELD_SECONDS = Metric(
+    "shoal:admission_held_seconds", "counter",
+    "Seconds in which requests waited and none was admitted, by what the first in turn lacked: KV blocks, slots among "
+    "those that run, tokens of a step, or the end of its own last step.",
+    ("reason",),
+)  # fmt: skip
+COST = Metric("shoal:cost_usd", "counter", "Price of a replica by its usd_per_hour, from its start on.")
 PARAMS_N = Metric("vllm:request_params_n", "histogram", "Samples asked for by a call.", buckets=_SAMPLES)
 PARAMS_MAX_TOKENS = Metric("vllm:request_params_max_tokens", "histogram", "max_tokens of a request.", buckets=_TOKENS)
 STEPS = Metric("shoal:steps", "counter", "Engine steps.")
@@ -112,6 +128,18 @@ REQUESTS_REFUSED = Metric(
     "shoal:requests_refused", "counter", "Calls refused because there was too much to do.", ("model_name", "reason")
 )
 
+GATEWAY_TOKENS = Metric(
+    "shoal:gateway_tokens", "counter", "Tokens of calls of this gateway, a prompt's from its first token on.",
+    ("model_name", "kind"),
+)  # fmt: skip
+GROUP_RESTARTS = Metric(
+    "shoal:group_restarts", "counter",
+    "Replica groups that were lost, and not taken down in order, as this gateway saw it: of several gateways take the "
+    "largest.",
+    ("model_name",),
+)  # fmt: skip
+TRACES = Metric("shoal:traces", "counter", "Timelines for the trace collector.", ("result",))
+
 # Of a gateway's routing. A decision is for the replica with the longest cached prefix, for another one though some had
 # a longer, or new where nobody had any.
 ROUTING_DECISIONS = Metric("shoal:routing_decisions", "counter", "Calls routed.", ("model_name", "reason"))
@@ -137,11 +165,13 @@ REPLICA_METRICS = (
     RUNNING, WAITING, KV_USAGE, CACHE_CONFIG, PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, PROMPT_TOKENS,
     GENERATION_TOKENS, REQUEST_SUCCESS, TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, INFERENCE_TIME,
     REQUEST_PROMPT, REQUEST_GENERATION, SPEC_DRAFTS, SPEC_DRAFT_TOKENS, SPEC_ACCEPTED, SPEC_ACCEPTED_AT, PARAMS_N,
-    PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED,
+    PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED, REQUEST_PREEMPTIONS, WAITING_BY_REASON,
+    HELD_SECONDS, COST,
 )  # fmt: skip
 GATEWAY_METRICS = (
     HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
     ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
+    GATEWAY_TOKENS, GROUP_RESTARTS, TRACES,
 )  # fmt: skip
 CLUSTER_METRICS = (REPLICAS, GATEWAYS, GATEWAYS_SILENT)
 METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS + CLUSTER_METRICS}
@@ -184,9 +214,14 @@ class Histogram:
 
 
 class ReplicaMetrics:
-    """What a replica measures of its requests. The engine thread observes, the event loop takes snapshots."""
+    """What a replica measures of its requests. The engine thread observes, the event loop takes snapshots.
 
-    def __init__(self) -> None:
+    usd_per_hour: what the replica costs, None if that is not known. started_s: time.monotonic() from when on it does.
+    """
+
+    def __init__(self, *, usd_per_hour: float | None = None, started_s: float | None = None) -> None:
+        self._usd_per_hour = usd_per_hour
+        self._started_s = started_s if started_s is not None else time.monotonic()
         self._arrivals: dict[RequestId, float] = {}  # until the first token
         self._last_tokens: dict[RequestId, float] = {}  # from the first token on
         self._finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
@@ -231,6 +266,7 @@ class ReplicaMetrics:
         """Everything of this replica, labelled within it only."""
         finished = dict(self._finished)
         finished[FinishReason.ABORT.value] += self._num_aborted
+        waiting = {"capacity": stats.num_waiting - stats.num_deferred, "deferred": stats.num_deferred}
         values = {
             RUNNING: stats.num_running,
             WAITING: stats.num_waiting,
@@ -254,9 +290,18 @@ class ReplicaMetrics:
                 Point(SPEC_ACCEPTED_AT.name, (str(i),), float(n))
                 for i, n in enumerate(stats.drafts.accepted_at or (0,))
             ),
+            *(Point(WAITING_BY_REASON.name, (reason,), float(n)) for reason, n in waiting.items()),
+            *(Point(HELD_SECONDS.name, (reason,), seconds) for reason, seconds in stats.held_seconds_total.items()),
+            *self._cost(),
             *(Point(REQUEST_SUCCESS.name, (reason,), float(n)) for reason, n in finished.items()),
             *(Point(name, (), h.distribution()) for name, h in self._histograms.items()),
         )
+
+    def _cost(self) -> Snapshot:
+        if self._usd_per_hour is None:
+            return ()
+        hours = (time.monotonic() - self._started_s) / 3600
+        return (Point(COST.name, (), hours * self._usd_per_hour),)
 
     def _add(self, metric: Metric, value: float) -> None:
         self._histograms[metric.name].add(value)
@@ -276,6 +321,7 @@ class ReplicaMetrics:
         self._add(E2E, times.finished_s - times.arrival_s)
         self._add(REQUEST_PROMPT, times.num_prompt_tokens)
         self._add(REQUEST_GENERATION, times.num_output_tokens)
+        self._add(REQUEST_PREEMPTIONS, times.num_preemptions)
         if times.admitted_s is not None:
             self._add(QUEUE_TIME, times.admitted_s - times.arrival_s)
             self._add(INFERENCE_TIME, times.finished_s - times.admitted_s)

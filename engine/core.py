@@ -210,6 +210,8 @@ class EngineCore:
             preemptions_total=counters.preemptions,
             requests_finished_total=counters.finished,
             drafts=counters.drafts,
+            num_deferred=scheduler.num_forks,
+            held_seconds_total=scheduler.held_s,
         )
 
 

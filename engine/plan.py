@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shoal.engine.request import BlockId, RequestId, SamplingParams, TokenLogprobs
+from shoal.engine.spans import RankWork
 
 
 class NewRequest(NamedTuple):
@@ -73,3 +74,5 @@ class StepResult:
     token_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)
     logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     draft_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)  # of the draft model, where asked
+    # What each rank that tells has done since it began, as far as is known: put in by the executor.
+    ranks: tuple[RankWork, ...] = field(default=(), compare=False)

@@ -10,6 +10,8 @@ from itertools import chain
 from operator import add
 from typing import Literal, NamedTuple, NewType
 
+from shoal.engine.spans import Obstacle, Span, Tally, Trace
+
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)
@@ -296,6 +298,7 @@ class RequestTimes:
     num_cached_tokens: int
     num_preemptions: int
     max_tokens: int | None
+    spans: tuple[Span, ...] = ()  # what it did in between, by time
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +319,8 @@ class EngineStats:
     preemptions_total: int = 0
     requests_finished_total: int = 0
     drafts: DraftCounts = NO_DRAFTS
+    num_deferred: int = 0  # of those that wait, samples that wait for the prompt that another one computes
+    held_seconds_total: Mapping[Obstacle, float] = field(default_factory=dict)  # see `SpanRecorder.held_s`
 
     @property
     def kv_usage(self) -> float:
@@ -375,6 +380,8 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     finish_reason: FinishReason | None = None
+    mark: Tally | None = None  # where its decoding began; None while what comes before its next token is computed
+    trace: Trace = field(default_factory=Trace)
 
     def __post_init__(self) -> None:
         self.num_known = self.num_expected = len(self.prompt_ids) + len(self.output_ids)

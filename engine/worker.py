@@ -6,7 +6,9 @@ import ctypes
 import os
 import platform
 import socket
+import time
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +34,7 @@ from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.runner.model_runner import ModelRunner, PendingStep
 from shoal.engine.shapes import check_shape
 from shoal.engine.sizing import ModelSizing, group_block_bytes, most_blocks, rank_block_bytes, rank_layout
+from shoal.engine.spans import RankWork
 from shoal.kernels import dispatch
 
 
@@ -210,7 +213,9 @@ class LocalExecutor:
         self._config = config
         self._progress = progress
         self._worker: Worker | None = None
-        self._in_flight: deque[PendingStep] = deque()
+        self._in_flight: deque[tuple[PendingStep, float]] = deque()  # and when each was launched
+        self._ended = 0.0  # the last step
+        self._work = RankWork(SINGLE.name, 0, 0.0, 0.0)
 
     def start(self) -> ExecutorInfo:
         worker = Worker(self._config)
@@ -224,10 +229,21 @@ class LocalExecutor:
         assert self._worker is not None, "start() comes first"
         self._worker.use_threads()
         self._worker.expect(plan)
-        self._in_flight.append(self._worker.launch(plan))
+        start = time.perf_counter()
+        self._in_flight.append((self._worker.launch(plan), start))
+        if self._config.device == "cpu":  # done already
+            self._count(time.perf_counter() - start)
 
     def collect(self) -> StepResult:
-        return self._in_flight.popleft().wait()
+        pending, start = self._in_flight.popleft()
+        result = pending.wait()
+        if self._config.device != "cpu":
+            start, self._ended = max(start, self._ended), time.perf_counter()
+            self._count(self._ended - start)
+        return replace(result, ranks=(self._work,))
+
+    def _count(self, seconds: float) -> None:
+        self._work = RankWork(self._work.rank, self._work.num_steps + 1, self._work.compute_s + seconds, 0.0)
 
     def check(self) -> None:
         pass  # there is nobody else who could fail

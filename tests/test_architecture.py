@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("kernels", "engine", "cluster")
 BESIDE = ("tests", "bench", "examples")  # use the source, are used by nothing
 
-FACTS = {"engine.config", "engine.request", "engine.plan"}
+FACTS = {"engine.config", "engine.request", "engine.plan", "engine.spans"}
 ENGINE_FACE = FACTS | {
     "engine.core",
     "engine.executor",
@@ -57,8 +57,9 @@ LAYERS: Mapping[str, set[str]] = {
     "kernels.dispatch": {"kernels.torch_ops", "kernels.cpu_ops", "kernels.triton_ops"},
     # The host half: what a step does.
     "engine.config": set(),
-    "engine.request": set(),
-    "engine.plan": {"engine.request"},
+    "engine.spans": set(),
+    "engine.request": {"engine.spans"},
+    "engine.plan": {"engine.request", "engine.spans"},
     "engine.executor": FACTS,
     "engine.memory": FACTS,
     "engine.step_time": {"engine.plan"},
@@ -156,6 +157,7 @@ OUTSIDE: Mapping[str, set[str]] = {
         "ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec", "zmq", "yaml", "prometheus_client",
     },
     "cluster.admin": {"httpx", "ray", "starlette", "uvicorn"},
+    "cluster.gateway.tracing": {"opentelemetry"},
     "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 

@@ -118,6 +118,7 @@ def test_commands_and_their_options() -> None:
         "plan": ["--help", "--gpus", "--dtype", "--max-model-len", "--max-running-requests", "--json"],
         "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
         "status": ["--help", "--url", "--ray-address", "--json"],
+        "why": ["--help", "--url", "--json"],
         "bench": ["--help", "--num-threads", "--calibrate", "--out"],
         "simulate": [
             "--help", "--trace", "--format", "--speed", "--replicas", "--policy", "--hardware", "--ttft-ms",

@@ -12,8 +12,8 @@ from shoal.cluster.admin.history import History
 from shoal.cluster.admin.proxy import Proxy
 from shoal.cluster.admin.routes import build_admin_app
 from shoal.cluster.admin.server import HttpServer, bind
-from shoal.cluster.config import AdminSettings, HttpSettings, base_url
-from shoal.cluster.logs import adopt_serve_handlers
+from shoal.cluster.config import AdminSettings, HttpSettings, LogSettings, base_url
+from shoal.cluster.logs import log_to_serve
 
 GATEWAY_NAME: Final = "gateway"  # of the deployment that it asks
 BIND_TIMEOUT_S: Final = 30.0  # longer than the one before it may take to leave
@@ -23,10 +23,10 @@ class Admin:
     """The process that listens on the admin port. Constructing it waits until the port is its own."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, admin: AdminSettings, port: int, http: HttpSettings
+        self, admin: AdminSettings, port: int, http: HttpSettings, logs: LogSettings
     ) -> None:
         """`http`: where the gateways' proxy of this node listens. Raises PortTakenError."""
-        adopt_serve_handlers()
+        log_to_serve(logs.format, logs.level)
         cluster = ServeCluster(GATEWAY_NAME, serve.get_replica_context().app_name)
         history = History(cluster)
         self._proxy = Proxy(base_url(http.host, http.port), max_body_bytes=http.max_body_bytes)

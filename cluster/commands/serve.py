@@ -22,9 +22,12 @@ from shoal.cluster.channel import Progress, local_ip
 from shoal.cluster.commands.haproxy import unspliced_haproxy
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
 from shoal.cluster.config import ClusterConfig, base_url, locate_model
+from shoal.cluster.logs import log_to
 from shoal.cluster.progress import ProgressReceiver
 from shoal.cluster.routing.policies import make_policy
 from shoal.engine.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
 STATUS_PERIOD_S: Final = 0.25
@@ -49,6 +52,8 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     Raises ConfigError, for what can be known without starting anything.
     """
     start = time.monotonic()
+    if config.logging.format == "json":
+        log_to(sys.stdout, "json", config.logging.level)
     check_routing(config)
     if config.ray.address is None:  # otherwise port and files are those of other machines
         check_port(config.http.host, config.http.port)
@@ -61,8 +66,10 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
         try:
             _start_and_wait(config, signals, start, is_verbose=is_verbose)
         except Stopped:
-            print("\nstopping (Ctrl-C again: without waiting for open requests)", flush=True)
+            tell(config, "\nstopping (Ctrl-C again: without waiting for open requests)")
         except StartError as error:
+            if config.logging.format == "json":
+                log.error("%s", error)
             print(f"shoal: error: {error}", file=sys.stderr)
             code = 1
         finally:
@@ -70,6 +77,14 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
             _tear_down(config, is_verbose=is_verbose)
             end_descendants(EXIT_WAIT_S)
         return code
+
+
+def tell(config: ClusterConfig, text: str) -> None:
+    """To who started this, as lines that people read or that programs do."""
+    if config.logging.format == "json":
+        log.info("%s", " ".join(text.split()))
+    else:
+        print(text, flush=True)
 
 
 def check_port(host: str, port: int, *, block: str = "http", options: str = "--host or --port") -> None:
@@ -134,7 +149,7 @@ class _Signals:
 
 def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, is_verbose: bool) -> None:
     """Bring everything up, then stay until a signal raises Stopped. Raises StartError."""
-    narrator = _Narrator(start)
+    narrator = _Narrator(start, config)
     address = config.ray.address
     narrator.say("starting Ray" if address is None else f"joining Ray at {address}")
     with _as_start_error():
@@ -148,7 +163,7 @@ def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, i
     url = base_url(config.http.host, config.http.port)
     _wait_until_answering(url)
     admin_url = base_url(config.admin.host, config.admin_port)
-    print(announcement(url, admin_url, config.models[0].name, time.monotonic() - start), flush=True)
+    tell(config, announcement(url, admin_url, config.models[0].name, time.monotonic() - start))
     while True:
         signal.pause()
 
@@ -238,7 +253,8 @@ def _deploy(config: ClusterConfig, progress_address: str) -> None:
 
     from shoal.cluster.app import APP_NAME, build_app
 
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    encoding = "JSON" if config.logging.format == "json" else "TEXT"
+    quiet = LoggingConfig(encoding=encoding, log_level="WARNING", enable_access_log=False)
     serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port), logging_config=quiet)
     app = build_app(
         config,
@@ -350,12 +366,14 @@ def _last_line(text: str) -> str:
 class _Narrator:
     """Says what is being done, with the seconds since the command began."""
 
-    def __init__(self, start: float) -> None:
+    def __init__(self, start: float, config: ClusterConfig) -> None:
         self._start = start
+        self._config = config
         self._shown: dict[tuple[str, str], int] = {}
 
     def say(self, text: str) -> None:
-        print(f"  {time.monotonic() - self._start:5.1f} s  {text}", flush=True)
+        seconds = time.monotonic() - self._start
+        tell(self._config, text if self._config.logging.format == "json" else f"  {seconds:5.1f} s  {text}")
 
     def show(self, progress: Progress) -> None:
         """Every fifth of a phase, so that a log file stays readable."""

@@ -14,14 +14,22 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from shoal.cluster.gateway.backend import Backend, GenerateCall, Placement, Prediction
 from shoal.cluster.gateway.calibration import Calibration, DrainRate
 from shoal.cluster.gateway.fairness import OUTPUT_WEIGHT, FairQueue
-from shoal.cluster.metrics import GATEWAY_QUEUE_SECONDS, GATEWAY_WAITING, REQUESTS_REFUSED, Histogram, Point, Snapshot
-from shoal.engine.request import RequestError, RequestOutput
+from shoal.cluster.metrics import (
+    GATEWAY_QUEUE_SECONDS,
+    GATEWAY_TOKENS,
+    GATEWAY_WAITING,
+    REQUESTS_REFUSED,
+    Histogram,
+    Point,
+    Snapshot,
+)
+from shoal.engine.request import RequestError, RequestOutput, RequestTimes
 
 TTFT_HEADER: Final = "x-slo-ttft-ms"
 TPOT_HEADER: Final = "x-slo-tpot-ms"
@@ -112,6 +120,20 @@ class Visit:
     last_s: float = 0.0
     num_tokens: int = 0  # of all its samples
     num_cached_tokens: int = 0
+    held_since_s: float | None = None
+    num_ahead: int = 0  # calls that were held when it began to be, whoever's turn it was
+    num_tenants_ahead: int = 0
+    sent_s: float | None = None  # to a replica
+    ended_s: float | None = None
+    num_prompt_tokens: int = field(init=False)
+    times: list[RequestTimes] = field(default_factory=list)  # of the samples that finished; a replica's clock
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.call.prompt_ids)
+
+    def forget_prompt(self) -> None:
+        """Once it is over, so that it takes no memory where its times are kept."""
+        self.call = GenerateCall(self.call.request_id, (), self.call.params)
 
 
 class Admission:
@@ -147,6 +169,7 @@ class Admission:
         self._drain = DrainRate()
         self._refused: Counter[RefusalReason] = Counter({"objective_unreachable": 0, "queue_full": 0})
         self._queue_seconds = Histogram(GATEWAY_QUEUE_SECONDS)
+        self._num_prompt_tokens = self._num_generated = 0
 
     @property
     def num_waiting(self) -> int:
@@ -159,6 +182,7 @@ class Admission:
         """
         try:
             await self._enter(visit)
+            visit.sent_s = self.clock()
             async with aclosing(self._backend.generate(visit.call)) as steps:
                 async for outputs in steps:
                     self._observe(visit, outputs)
@@ -172,6 +196,8 @@ class Admission:
     def snapshot(self, model_name: str) -> Snapshot:
         return (
             Point(GATEWAY_WAITING.name, (model_name,), float(len(self._queue))),
+            Point(GATEWAY_TOKENS.name, (model_name, "prompt"), float(self._num_prompt_tokens)),
+            Point(GATEWAY_TOKENS.name, (model_name, "generated"), float(self._num_generated)),
             Point(GATEWAY_QUEUE_SECONDS.name, (model_name,), self._queue_seconds.distribution()),
             *(Point(REQUESTS_REFUSED.name, (model_name, reason), float(n)) for reason, n in self._refused.items()),
         )
@@ -246,7 +272,8 @@ class Admission:
                 code="queue_full",
                 retry_after_s=ahead_s / self._drain.rate(1),
             )
-        start = self.clock()
+        visit.held_since_s = start = self.clock()
+        visit.num_ahead, visit.num_tenants_ahead = len(self._queue), self._queue.num_tenants
         visit.turn = asyncio.get_running_loop().create_future()
         self._queue.add(visit, visit.tenant, visit.call.priority, visit.work_s, start)
         self._changed.set()
@@ -312,12 +339,16 @@ class Admission:
         num_tokens = 0
         for output in outputs:
             num_tokens += len(output.token_ids)
+            if output.times is not None:
+                visit.times.append(output.times)
         visit.num_tokens += num_tokens
+        self._num_generated += num_tokens
         self._queue.charge(visit.tenant, OUTPUT_WEIGHT * num_tokens)
 
     def _start(self, visit: Visit, outputs: Sequence[RequestOutput], now: float) -> None:
         """The first token is there."""
         visit.first_s = now
+        self._num_prompt_tokens += len(visit.call.prompt_ids)
         visit.placement = self._backend.placement(visit.call)
         first_sample = visit.call.sample_ids[0]  # the others share its blocks, and compute no prompt
         visit.num_cached_tokens = sum(one.num_cached_tokens for one in outputs if one.request_id == first_sample)
@@ -327,6 +358,7 @@ class Admission:
         self._settle(visit)
 
     def _leave(self, visit: Visit) -> None:
+        visit.ended_s = self.clock()
         if visit in self._queue:
             self._queue.drop(visit)
         num_steps = visit.num_tokens / visit.call.params.num_samples - 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal.cluster.channel import GenerateCall
 from shoal.engine.request import RequestOutput
@@ -44,6 +44,9 @@ class Placement:
     replica: str
     num_matched_tokens: int  # of the prompt, in its prefix cache as far as was known
     predicted_ttft_s: float | None  # None while no replica's speed is known
+    decided_s: float | None = None  # time.monotonic()
+    # The best replicas of that decision, best first: "replica", "num_matched_tokens", "ttft_s" and "cost_s".
+    candidates: tuple[Mapping[str, Any], ...] = ()
 
 
 class Backend(Protocol):

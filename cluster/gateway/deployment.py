@@ -15,13 +15,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.cluster.channel import GatewayFacts, ModelStatus
-from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
+from shoal.cluster.config import HttpSettings, LogSettings, ModelSettings, TracingSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.recording import Recorder
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
-from shoal.cluster.logs import adopt_serve_handlers
+from shoal.cluster.gateway.tracing import OtlpExport
+from shoal.cluster.logs import log_to_serve
 from shoal.cluster.metrics import HttpMetrics, Snapshot
 from shoal.cluster.routing.mirror import Mirror
 from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
@@ -37,14 +39,21 @@ class Gateway:
         http: HttpSettings,
         replicas: Mapping[str, DeploymentHandle[object]],
         own_ip: str | None = None,
-        admin: DeploymentHandle[object] | None = None,
+        *,
+        admin: DeploymentHandle[object],
+        logs: LogSettings,
+        tracing: TracingSettings,
     ) -> None:
         """`own_ip`: where this gateway receives tokens; None is its node's address. `admin` is not asked for anything:
         naming it here makes it part of the application.
         """
-        adopt_serve_handlers()
+        log_to_serve(logs.format, logs.level)
         self._label = str(serve.get_replica_context().rank.rank)
         self._node = ray.util.get_node_ip_address()
+        self._export = _export(tracing)
+        self._recorder = Recorder(
+            sample_ratio=tracing.sample_ratio if self._export is not None else None, export=self._export
+        )
         self._http = http
         self._http_metrics = HttpMetrics()
         self._inbox = StepInbox(own_ip or self._node, take_peer_message)
@@ -93,6 +102,7 @@ class Gateway:
             self._models,
             admissions=self._admissions,
             max_body_bytes=self._http.max_body_bytes,
+            recorder=self._recorder,
         )
         return CountedApp(app, self._http_metrics)
 
@@ -105,7 +115,8 @@ class Gateway:
         """This gateway's label and its own measurements."""
         routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
         admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
-        return self._label, (*self._http_metrics.snapshot(), *routing, *admitting)
+        exported = self._export.snapshot() if self._export is not None else ()
+        return self._label, (*self._http_metrics.snapshot(), *routing, *admitting, *exported)
 
     async def replica_metrics(self) -> dict[str, dict[str, Snapshot]]:
         """Measurements of the replicas that answer, by model and `engine` label."""
@@ -125,12 +136,25 @@ class Gateway:
         return self._label, {name: backend.explain() for name, backend in self._backends.items()}
 
     async def timelines(self, limit: int) -> dict[str, list[dict[str, Any]]]:
-        """Of "recent" requests, newest first, and of the "slowest"; up to `limit` of each, without their spans."""
-        return {"recent": [], "slowest": []}
+        """The last requests and the slowest of late: see `Recorder.timelines`."""
+        return self._recorder.timelines(limit)
 
     async def timeline(self, request_id: str) -> dict[str, Any] | None:
-        """Of one request; None where this gateway does not know it."""
+        """Why a request took as long as it did: see `Recorder.timeline`. None where this gateway did not have it, or
+        has forgotten it.
+        """
+        return self._recorder.timeline(request_id)
+
+    def __del__(self) -> None:
+        # Serve calls this once the gateway is drained.
+        if (export := getattr(self, "_export", None)) is not None:
+            export.close()
+
+
+def _export(tracing: TracingSettings) -> OtlpExport | None:
+    if tracing.otlp_endpoint is None:
         return None
+    return OtlpExport(tracing.otlp_endpoint, gateway=serve.get_replica_context().replica_id.unique_id)
 
 
 class CountedApp:

@@ -83,6 +83,11 @@ class FairQueue(Generic[T]):
         """Tokens computed for each tenant by its weight, as far as they are remembered."""
         return self._counters
 
+    @property
+    def num_tenants(self) -> int:
+        """That have something waiting."""
+        return len(self._num_waiting)
+
     def add(self, item: T, tenant: str, priority: int, work_s: float, now: float) -> None:
         """Wait in line; `work_s` seconds of computing."""
         assert item not in self._places, item

@@ -70,8 +70,14 @@ class ReplicaBackend:
         placed = self._routing.placement(call)
         if placed is None:
             return None
-        label, estimate, is_known = placed
-        return Placement(label, estimate.num_matched, estimate.ttft_s if is_known else None)
+        label, estimate, decision = placed
+        return Placement(
+            label,
+            estimate.num_matched,
+            estimate.ttft_s if decision.is_known else None,
+            decision.decided_s,
+            self._routing.candidates(decision),
+        )
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
         """The call's outputs, an item per engine step. Closing the generator aborts the call.

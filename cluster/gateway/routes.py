@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from shoal.cluster.gateway.errors import ApiError, from_validation, install_erro
 from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
 from shoal.cluster.gateway.generation import Generation, collect
+from shoal.cluster.gateway.recording import Recorder, RecordingMiddleware
 from shoal.cluster.gateway.responses import (
     Completion,
     DetokenizeResponse,
@@ -39,11 +40,13 @@ from shoal.cluster.gateway.schema import (
     TokenizeRequest,
 )
 from shoal.cluster.gateway.sse import DONE, ChunkWriter, ClientGoneError, EventStream, error_event, until_disconnect
+from shoal.cluster.gateway.timeline import Recording, server_timing, timing_of
 from shoal.engine.request import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
 _INLINE_BODY_BYTES = 2**18  # larger bodies are parsed in a thread
 SESSION_HEADER = "x-session-id"
+TIMELINE_HEADER = "x-shoal-timeline"  # "1": the answer tells where its time went
 _MAX_SESSION = 256
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code for an answer that nobody reads
 
@@ -55,10 +58,12 @@ def build_app(
     *,
     admissions: Mapping[str, Admission] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    recorder: Recorder | None = None,
 ) -> FastAPI:
     """The gateway over `models` by name.
 
     `admissions`: who gets in, for models whose objectives and weights are not the defaults.
+    `recorder` keeps the timelines.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
     gateway = _Gateway(models, admissions or {}, max_body_bytes)
@@ -75,6 +80,7 @@ def build_app(
     )
     for method, path, endpoint in routes:
         app.add_route(path, endpoint, methods=[method])
+    app.add_middleware(RecordingMiddleware, recorder=recorder or Recorder())
     install_error_handlers(app)
     return app
 
@@ -186,7 +192,13 @@ class _Gateway:
         created = int(time.time())
         admission = self._admissions[model.name]
         objectives = admission.objectives.overridden(arrival.http.headers)
+        recording = arrival.recording
+        traceparent = recording.trace.traceparent if recording.trace is not None else ""
+        calls = [replace(call, http_request_id=recording.request_id, traceparent=traceparent) for call in calls]
         visits = [Visit(call, arrival.tenant, objectives, arrival.seconds) for call in calls]
+        recording.tokenized_s = time.monotonic()
+        recording.answer_id, recording.model, recording.is_stream = answer_id, model.name, bool(body.stream)
+        recording.visits = visits
         generation = Generation(model, calls, [admission.run(visit) for visit in visits])
         if body.stream:
             writer = ChunkWriter(
@@ -194,9 +206,9 @@ class _Gateway:
                 object=format.chunk_object,
                 created=created,
                 model=model.name,
-                has_usage=body.has_usage_chunk,
+                has_usage=body.has_usage_chunk or arrival.wants_timeline,
             )
-            events = _events(generation, body, format, writer, arrival.http.state.request_id)
+            events = _events(generation, body, format, writer, recording, wants_timeline=arrival.wants_timeline)
             return EventStream(events, lambda: answer_headers(visits))
         try:
             wholes = await until_disconnect(arrival.http.receive, collect(generation))
@@ -204,7 +216,10 @@ class _Gateway:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         choices: Any = [format.choice(whole) for whole in wholes]
         whole_answer = Completion(answer_id, format.object, created, model.name, choices, generation.usage())
-        return _json(whole_answer, answer_headers(visits))
+        headers = answer_headers(visits)
+        if arrival.wants_timeline:
+            headers["server-timing"] = server_timing(visits)
+        return _json(whole_answer, headers)
 
     def _model(self, name: str | None) -> ServedModel:
         """The model of that name; the first one for None, which only vLLM's own routes allow."""
@@ -222,6 +237,8 @@ class _Gateway:
     async def _read(self, http: Request, kind: type[_Body]) -> _Body:
         """The body of a request, checked."""
         data = await self._read_bytes(http)
+        if (recording := getattr(http.state, "recording", None)) is not None:
+            recording.read_s = time.monotonic()
         try:
             return await _validate(data, kind)
         except ValidationError as error:
@@ -255,6 +272,8 @@ class _Arrival:
     tenant: str
     session: str
     seconds: float
+    recording: Recording
+    wants_timeline: bool
 
 
 def _arrival(http: Request) -> _Arrival:
@@ -262,7 +281,11 @@ def _arrival(http: Request) -> _Arrival:
     session = http.headers.get(SESSION_HEADER, "")
     if len(session) > _MAX_SESSION:
         raise RequestError(f"{SESSION_HEADER} is longer than {_MAX_SESSION} characters", param=SESSION_HEADER)
-    return _Arrival(http, tenant_of(http.headers), session, time.monotonic())
+    recording: Recording = http.state.recording
+    recording.tenant = tenant_of(http.headers)
+    recording.taken_up_s = time.monotonic()
+    wants_timeline = http.headers.get(TIMELINE_HEADER) == "1"
+    return _Arrival(http, recording.tenant, session, recording.taken_up_s, recording, wants_timeline)
 
 
 async def _validate(data: bytes, kind: type[_Body]) -> _Body:
@@ -276,7 +299,9 @@ async def _events(
     body: ChatCompletionRequest | CompletionRequest,
     format: Format,
     writer: ChunkWriter,
-    request_id: str,
+    recording: Recording,
+    *,
+    wants_timeline: bool,
 ) -> AsyncGenerator[bytes, None]:
     """The events of one stream: one per choice and engine step; those of one step leave together."""
     has_started = False
@@ -289,10 +314,12 @@ async def _events(
     except Exception as error:
         if not has_started:
             raise
-        yield error_event(to_api_error(error, request_id).body)
+        recording.has_failed = True
+        yield error_event(to_api_error(error, recording.request_id).body)
     else:
-        if body.has_usage_chunk:
-            yield writer.usage_chunk(generation.usage())
+        if body.has_usage_chunk or wants_timeline:
+            timeline = timing_of(recording.visits) if wants_timeline else None
+            yield writer.usage_chunk(generation.usage(), timeline)
     yield DONE
 
 

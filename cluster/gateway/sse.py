@@ -34,9 +34,12 @@ class ChunkWriter:
         end = self._end if usage is None else b'],"usage":' + encode(usage) + b"}\n\n"
         return self._start + encode(choice) + end
 
-    def usage_chunk(self, usage: Any) -> bytes:
-        """The last event before [DONE]: no choice, the usage of the whole call."""
-        return self._start + b'],"usage":' + encode(usage) + b"}\n\n"
+    def usage_chunk(self, usage: Any, timeline: Mapping[str, float] | None = None) -> bytes:
+        """The last event before [DONE]: no choice, the usage of the whole call, and where its time went if that was
+        asked for. OpenAI's clients keep a key that they do not know.
+        """
+        end = b"}\n\n" if timeline is None else b',"timeline":' + encode(timeline) + b"}\n\n"
+        return self._start + b'],"usage":' + encode(usage) + end
 
 
 def error_event(body: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from shoal.cluster.autoscaling.signals import PromptCounter
@@ -12,13 +13,15 @@ from shoal.cluster.replica.channel import GatewayChannels
 from shoal.engine.request import RequestError, RequestId, RequestOutput
 from shoal.engine.streaming import AsyncEngine
 
+log = logging.getLogger(__name__)
+
 
 class Calls:
     """Runs calls on a started engine. Lives in one event loop."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, metrics: ReplicaMetrics | None = None) -> None:
         self._engine = engine
-        self._metrics = ReplicaMetrics()
+        self._metrics = metrics or ReplicaMetrics()
         self._channels = GatewayChannels(self._observe_step)
         self._num_prompt: dict[RequestId, int] = {}  # of calls without a token yet
         self.prompts = PromptCounter()
@@ -45,11 +48,15 @@ class Calls:
         self._num_prompt[open_call.request_ids[0]] = len(call.prompt_ids)
         try:
             self._engine.submit(requests, sink)
-            return await open_call.summary()
+            summary = await open_call.summary()
+            log.debug("call %s is over: %s tokens", call.request_id, summary.num_tokens)
+            return summary
         except RequestError as error:
+            log.info("call %s is refused: %s", call.request_id, error)
             self._metrics.discard(open_call.request_ids)
             return CallSummary.refused(error)
         except asyncio.CancelledError:
+            log.info("call %s is aborted: its client has left", call.request_id)
             self._engine.abort(open_call.request_ids)
             self._metrics.abort(open_call.request_ids)
             raise

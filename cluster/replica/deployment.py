@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import Any, Final
 
 import ray
@@ -12,9 +13,9 @@ from ray import serve
 
 from shoal.cluster.autoscaling.signals import ReplicaSignals
 from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
-from shoal.cluster.config import ModelSettings, locate_model
-from shoal.cluster.logs import adopt_serve_handlers
-from shoal.cluster.metrics import Snapshot
+from shoal.cluster.config import LogSettings, ModelSettings, locate_model
+from shoal.cluster.logs import about_request, log_to_serve
+from shoal.cluster.metrics import ReplicaMetrics, Snapshot
 from shoal.cluster.progress import ProgressSender
 from shoal.cluster.replica.calls import Calls
 from shoal.cluster.replica.kv_publisher import KVPublisher
@@ -42,6 +43,8 @@ class Replica:
         rank_resources: Resources,
         progress_address: str | None = None,
         own_ip: str | None = None,
+        *,
+        logs: LogSettings,
     ) -> None:
         """`rank_resources`: what Ray has set aside for each rank. `own_ip`: where gateways hear of this replica; None
         is its node's address.
@@ -49,20 +52,23 @@ class Replica:
         Raises ConfigError, after telling it to whoever listens at `progress_address`, and ExecutorError if a rank dies
         while it starts.
         """
-        adopt_serve_handlers()
+        started_s = time.monotonic()
         context = serve.get_replica_context()
         self._label = str(context.rank.rank)
+        log_to_serve(logs.format, logs.level, replica=self._label)
         self._reporter = Reporter(lambda: self._calls.gateways)
         with ProgressSender(progress_address, model.name) as progress:
             try:
                 self._engine = AsyncEngine(
-                    _engine_factory(model, rank_resources), on_progress=progress.send, observer=self._reporter.observe
+                    _engine_factory(model, rank_resources, self._label),
+                    on_progress=progress.send,
+                    observer=self._reporter.observe,
                 )
                 await self._engine.start()
             except ConfigError as error:
                 progress.fail(str(error))
                 raise
-        self._calls = Calls(self._engine)
+        self._calls = Calls(self._engine, ReplicaMetrics(usd_per_hour=model.usd_per_hour, started_s=started_s))
         self._calls.start()
         self._publisher = KVPublisher(
             own_ip or ray.util.get_node_ip_address(),
@@ -77,7 +83,8 @@ class Replica:
 
     async def generate(self, call: GenerateCall, reply_to: str) -> CallSummary:
         """See `Calls.run`."""
-        return await self._calls.run(call, reply_to)
+        with about_request(call.http_request_id, call.traceparent):
+            return await self._calls.run(call, reply_to)
 
     async def facts(self) -> ReplicaFacts:
         return ReplicaFacts(self._engine.max_model_len, self._engine.config.model.vocab_size)
@@ -126,11 +133,11 @@ class Replica:
         os._exit(1)
 
 
-def _engine_factory(model: ModelSettings, rank_resources: Resources) -> EngineFactory:
+def _engine_factory(model: ModelSettings, rank_resources: Resources, label: str) -> EngineFactory:
     """Raises ConfigError."""
     options = model.options(locate_model(model.model))
     if options.num_ranks == 1:
         from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
 
         return local_engine(options)
-    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources))
+    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, label))

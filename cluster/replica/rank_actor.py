@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+from shoal.cluster.logs import log_as_environment_says
 from shoal.engine.group.launcher import RankStart
 from shoal.engine.group.rank import rank_main
 
@@ -9,5 +12,6 @@ from shoal.engine.group.rank import rank_main
 class RankActor:
     """Lives for one call, which is the rank's whole life and ends with the process."""
 
-    def run(self, start: RankStart) -> None:
+    def run(self, start: RankStart, replica: str) -> None:
+        log_as_environment_says(os.environ, replica=replica)
         rank_main(start)

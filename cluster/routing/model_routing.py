@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,6 +18,7 @@ import msgspec
 
 from shoal.cluster.channel import GenerateCall, PeerMessage, ReplicaView, Reserved, Settled, decode_load
 from shoal.cluster.metrics import (
+    GROUP_RESTARTS,
     INDEX_BLOCKS,
     INDEX_STALENESS,
     ROUTING_DECISIONS,
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 Metadata = Mapping[str, Any]  # of a replica: what its `record_replica_metadata` says
 LABEL: Final = "label"
+MAX_LOST: Final = 256  # replicas that are remembered, so that none counts twice
+MAX_CANDIDATES: Final = 4  # of a decision, that a timeline tells
 Reason = Literal["cached", "elsewhere", "new"]
 
 
@@ -85,6 +89,8 @@ class ModelRouting:
         self._reports: dict[str, bytes] = {}
         self._block_size: int | None = None
         self._open: dict[str, _OpenCall] = {}
+        self._lost: deque[str] = deque(maxlen=MAX_LOST)
+        self._num_lost = 0
         self._decisions: dict[Reason, int] = {"cached": 0, "elsewhere": 0, "new": 0}
         self._prompt_tokens = 0
         self._matched_tokens = 0
@@ -128,6 +134,13 @@ class ModelRouting:
                 self._subscriber.unfollow(key)
             else:
                 self.router.index.close(target.slot)
+
+    def lose(self, key: str) -> None:
+        """A replica has died, and was not taken down in order. It counts once, however often this is said."""
+        with self.router.lock:
+            if key not in self._lost:
+                self._lost.append(key)
+                self._num_lost += 1
 
     def _add(self, key: str, metadata: Metadata) -> None:
         self._replicas[key] = metadata
@@ -244,14 +257,27 @@ class ModelRouting:
             if num_output_tokens is not None:
                 self.router.finish(num_output_tokens)
 
-    def placement(self, call: GenerateCall) -> tuple[str, Estimate, bool] | None:
-        """An open call's replica, by its label, what was foreseen there, and whether its seconds are of measured rates.
-        Also after the first token.
+    def placement(self, call: GenerateCall) -> tuple[str, Estimate, Decision] | None:
+        """An open call's replica, by its label, what was foreseen there, and the decision. Also after the first
+        token.
         """
         one = self._open.get(request_id_of(call))
         if one is None or one.routed is None or one.decision is None:
             return None
-        return self.label(one.routed.key), one.routed.estimate, one.decision.is_known
+        return self.label(one.routed.key), one.routed.estimate, one.decision
+
+    def candidates(self, decision: Decision) -> tuple[Mapping[str, Any], ...]:
+        """The best few of a decision, by label, as plain data."""
+        return tuple(
+            {
+                "replica": self.label(target.key),
+                "num_matched_tokens": one.num_matched,
+                "ttft_s": one.ttft_s,
+                "cost_s": one.cost_s,
+            }
+            for target, one in decision.ranked[:MAX_CANDIDATES]
+            if one is not None
+        )
 
     def _count(self, decision: Decision, *, is_first: bool) -> None:
         if not is_first:  # a replica was full, and the same call is ranked again
@@ -278,6 +304,7 @@ class ModelRouting:
         """What this gateway has counted."""
         views = self.views()
         return (
+            Point(GROUP_RESTARTS.name, (model,), float(self._num_lost)),
             *(Point(ROUTING_DECISIONS.name, (model, reason), float(n)) for reason, n in self._decisions.items()),
             Point(ROUTING_SECONDS.name, (model,), self.router.decision_seconds_total),
             Point(ROUTING_PROMPT_TOKENS.name, (model,), float(self._prompt_tokens)),

@@ -9,10 +9,14 @@ full. The replica then says whether it takes the request, which the request's ow
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
+import ray
 from ray.serve._private.common import ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -28,6 +32,7 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
     """Ranks replicas for calls of `generate`. Anything else goes to whichever replica is the least busy."""
 
     _routing: ModelRouting
+    _names: Mapping[str, str] = MappingProxyType({})  # of the actors of replicas that take calls
 
     def initialize_state(self, policy: str = DEFAULT_POLICY, options: Mapping[str, Any] | None = None) -> None:
         """With `request_router_kwargs` of the deployment. Raises ConfigError."""
@@ -35,12 +40,25 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """A replica that stops is left out from the moment it begins to; its open calls go on."""
+        names = {_key(replica): replica.replica_id.to_full_id_str() for replica in replicas}
+        if left := {key: name for key, name in self._names.items() if key not in names}:
+            threading.Thread(target=self._count_lost, args=(left,), name="lost-replicas", daemon=True).start()
+        self._names = names
         self._routing.update({_key(replica): replica.replica_metadata for replica in replicas})
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        self._routing.lose(replica_id.unique_id)
         self._routing.remove(replica_id.unique_id)
         super().on_replica_actor_died(replica_id)
+
+    def _count_lost(self, names: Mapping[str, str]) -> None:
+        """Of replicas that take no calls any more, by their actors' names. One that is taken down in order lives on for
+        a while, at least for DRAIN_POLL_S; what is gone by now has died.
+        """
+        for key, name in names.items():
+            if has_died(name):
+                self._routing.lose(key)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -67,6 +85,17 @@ class ShoalRouter(RequestRouter):  # type: ignore[misc]  # Serve's decorators hi
     def _warm_up(self, replica: RunningReplica, num_open: int) -> None:
         if self.replica_queue_len_cache.get(replica.replica_id) is None:
             self.replica_queue_len_cache.update(replica.replica_id, num_open)
+
+
+def has_died(actor_name: str) -> bool:
+    """Whether Ray knows no living actor of Serve by that name."""
+    if not ray.is_initialized():  # else asking would start one
+        return False
+    try:
+        ray.get_actor(actor_name, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return True
+    return False
 
 
 def _key(replica: RunningReplica) -> str:

@@ -107,7 +107,7 @@ class GroupExecutor:
         if not isinstance(message, Stepped) or message.result.step != step:
             self._group.fail(ExecutorError(f"{self._group.name(rank)} sent {message} instead of step {step}"))
         self._in_flight.popleft()
-        return message.result
+        return replace(message.result, ranks=self._group.work)
 
     def check(self) -> None:
         self._group.check()

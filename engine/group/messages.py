@@ -1,7 +1,8 @@
 """What a coordinator and its ranks say to each other: msgpack over ZeroMQ, never pickle.
 
 A life: Hello, Welcome, Found, Configure, Loading (again and again), Loaded, Allocate, Ready; then a Step out to every
-rank for each plan and a Stepped back from one. Beat and Alive go to and fro beside it, and Failed may come at any time.
+rank for each plan and a Stepped back from one. Beat and Alive go to and fro beside it, a rank tells what it has Worked
+now and then, and Failed may come at any time.
 
 Each rank has a socket for each purpose, because a ZeroMQ socket belongs to one thread. A socket's name holds the
 group's key, so the coordinator knows from the name of the sender alone whom it hears, and answers nobody else.
@@ -80,6 +81,14 @@ class Failed(Message, frozen=True):
     field: str | None = None
 
 
+class Worked(Message, frozen=True):
+    """What the rank has done since it began; see `RankWork`."""
+
+    num_steps: int
+    compute_s: float
+    wait_s: float
+
+
 class Beat(Message, frozen=True):
     """The rank is alive, and has launched so many steps."""
 
@@ -121,7 +130,7 @@ class Alive(Message, frozen=True):
     """The answer to a Beat."""
 
 
-FromRank = Hello | Found | Loading | Loaded | Ready | Stepped | Failed | Beat
+FromRank = Hello | Found | Loading | Loaded | Ready | Stepped | Worked | Failed | Beat
 ToRank = Welcome | Configure | Allocate | Step | Alive
 
 _encoder = msgspec.msgpack.Encoder()

@@ -42,12 +42,13 @@ from shoal.engine.group.messages import (
     Stepped,
     ToRank,
     Welcome,
+    Worked,
     decode_to_rank,
     encode,
     socket_name,
 )
 from shoal.engine.parallel.collectives import Collectives
-from shoal.engine.parallel.pipeline import StageLinks
+from shoal.engine.parallel.pipeline import StageLinks, TimedLinks
 from shoal.engine.parallel.process_group import connect, join_store, open_store
 from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import StepPlan, StepResult
@@ -59,6 +60,7 @@ _Answer = TypeVar("_Answer", bound=ToRank)
 
 POLL_S = 0.2
 BEATS_PER_TIMEOUT = 5
+WORK_PERIOD_S = 0.05  # a rank tells what it has done at most this often
 
 
 class Pending(Protocol):
@@ -106,6 +108,30 @@ def rank_main(start: RankStart) -> None:
     Rank(start, on_lost=_exit).run()
 
 
+class WorkMeter:
+    """Counts what a rank does. One thread uses it."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._compute_s = 0.0
+        self._wait_s = 0.0
+        self._told_s = 0.0
+
+    def add(self, compute_s: float, wait_s: float) -> None:
+        """A step more."""
+        self._num_steps += 1
+        self._compute_s += compute_s
+        self._wait_s += wait_s
+
+    def due(self) -> Worked | None:
+        """What to tell the coordinator now, at most every WORK_PERIOD_S."""
+        now = time.monotonic()
+        if now - self._told_s < WORK_PERIOD_S:
+            return None
+        self._told_s = now
+        return Worked(self._num_steps, self._compute_s, self._wait_s)
+
+
 class Rank:
     """One rank of a group, from hello to its end."""
 
@@ -116,8 +142,9 @@ class Rank:
         self._make_worker = make_worker
         self._context = zmq.Context()
         self._is_stopped = threading.Event()
-        self._launched: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[Pending, float] | None] = queue.SimpleQueue()
         self._num_steps = 0
+        self._work = WorkMeter()
         self._host = _address_towards(start.address)
         # Hosts of a cluster may share a name; an address is their own.
         self._node = socket.gethostname() if self._host == "127.0.0.1" else self._host
@@ -156,10 +183,12 @@ class Rank:
         config = configure.config
         topology = Topology.of_rank(self._start.rank, config)
         self._is_answering = topology.is_last_stage and topology.tensor_rank == 0
+        self._is_device_async = config.device == "cuda"
         store = join_store(configure.store_host, configure.store_port)
         # The coordinator's own deadline comes first: it says who is late.
         collectives, links = connect(topology, config, store, self._host, 2 * config.step_timeout_s)
-        worker = self._make_worker(config, topology, collectives, links, ranks_on_host=configure.ranks_on_host)
+        self._links = TimedLinks(links)
+        worker = self._make_worker(config, topology, collectives, self._links, ranks_on_host=configure.ranks_on_host)
         worker.load(lambda what, done, total: self._say(Loading(done, total)))
         self._say(Loaded(worker.num_blocks_possible()))
         kv_bytes = worker.allocate(self._hear(Allocate).num_blocks)
@@ -172,19 +201,34 @@ class Rank:
             while not known or self._plans.poll(0):
                 known.append(self._hear(Step).plan)
                 worker.expect(known[-1])
+            start, waited_s = time.perf_counter(), self._links.waited_s
             pending = worker.launch(known.popleft())
             self._num_steps += 1
+            if not self._is_device_async:
+                waited_s = self._links.waited_s - waited_s
+                self._work.add(time.perf_counter() - start - waited_s, waited_s)
+                self._tell_work(self._plans)
             if self._is_answering:
-                self._launched.put(pending)
+                self._launched.put((pending, start))
 
     def _answer(self) -> None:
         with self._connect("results") as results:
             try:
-                while (pending := self._launched.get()) is not None:
+                ended = 0.0
+                while (launched := self._launched.get()) is not None:
+                    pending, start = launched
                     results.send(encode(Stepped(pending.wait())))
+                    if self._is_device_async:  # of the ranks of such devices, only this one learns when a step is over
+                        start, ended = max(start, ended), time.perf_counter()
+                        self._work.add(ended - start, 0.0)
+                        self._tell_work(results)
             except Exception as error:
                 self._report(results, error)
                 self._is_stopped.wait()  # a socket that closes takes what it has not sent with it
+
+    def _tell_work(self, connection: zmq.Socket[bytes]) -> None:
+        if (message := self._work.due()) is not None:
+            connection.send(encode(message))
 
     def _beat(self, timeout_s: float) -> None:
         with self._connect("beats") as beats:
@@ -219,6 +263,8 @@ class Rank:
                 message = decode_to_rank(self._plans.recv())
             except zmq.Again:
                 continue
+            if self._is_stopped.is_set():
+                break
             assert isinstance(message, kind), f"{message} instead of {kind.__name__}"
             return message
         raise StoppedError

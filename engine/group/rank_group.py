@@ -28,11 +28,13 @@ from shoal.engine.group.messages import (
     FromRank,
     Hello,
     ToRank,
+    Worked,
     decode_from_rank,
     encode,
     socket_name,
 )
 from shoal.engine.parallel.topology import Topology
+from shoal.engine.spans import RankWork
 
 POLL_S = 0.1  # at most so long after a rank has died it is noticed
 BLAME_S = 0.2  # ranks that lose a peer complain at once; so long is waited for a peer that has died
@@ -73,6 +75,8 @@ class RankGroup:
         self._lock = threading.Lock()  # guards the socket and the members
         self._closing = threading.Lock()  # libzmq does not survive two threads that end one context
         self._heard: deque[tuple[int, FromRank]] = deque()
+        self._work: dict[int, RankWork] = {}  # by rank
+        self.work: tuple[RankWork, ...] = ()  # as far as the ranks have told
         self._error: Exception | None = None
         self._is_closed = threading.Event()
         self._members: list[_Member] = []
@@ -184,7 +188,10 @@ class RankGroup:
             member.place = f" on host {message.node}, pid {message.pid}"
         else:  # it waits for the others to come up before it beats
             member.heard_s = time.monotonic()
-        if isinstance(message, Beat):
+        if isinstance(message, Worked):
+            self._work[rank] = RankWork(member.topology.name, message.num_steps, message.compute_s, message.wait_s)
+            self.work = tuple(self._work.values())
+        elif isinstance(message, Beat):
             member.num_steps = message.num_steps
             self._socket.send_multipart([frames[0], encode(Alive())])
         elif isinstance(message, Failed) and message.field is not None:

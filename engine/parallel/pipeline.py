@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 from torch import Tensor
@@ -56,3 +57,28 @@ class SingleStage:
 
     def receive_tokens(self, num_samples: int) -> Tensor:
         raise AssertionError("a single stage keeps its own tokens")
+
+
+class TimedLinks:
+    """Stage links that count the seconds for which they hold up their rank. Where the device waits by itself, as on
+    CUDA, there are none.
+    """
+
+    def __init__(self, links: StageLinks) -> None:
+        self._links = links
+        self.waited_s = 0.0
+        self.expect_hidden = links.expect_hidden
+        self.send_hidden = links.send_hidden
+        self.send_tokens = links.send_tokens
+
+    def receive_hidden(self) -> Tensor | None:
+        start = time.perf_counter()
+        hidden = self._links.receive_hidden()
+        self.waited_s += time.perf_counter() - start
+        return hidden
+
+    def receive_tokens(self, num_samples: int) -> Tensor:
+        start = time.perf_counter()
+        tokens = self._links.receive_tokens(num_samples)
+        self.waited_s += time.perf_counter() - start
+        return tokens

@@ -40,6 +40,11 @@ class Topology:
         """The number of this rank within its group."""
         return self.stage * self.tensor_size + self.tensor_rank
 
+    @property
+    def name(self) -> str:
+        """For programs: "pp0/tp1" is the second tensor rank of the first stage."""
+        return f"pp{self.stage}/tp{self.tensor_rank}"
+
     def __post_init__(self) -> None:
         assert 0 <= self.tensor_rank < self.tensor_size, self
         assert 0 <= self.stage < self.num_stages, self

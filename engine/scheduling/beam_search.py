@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from shoal.engine.request import Request, RequestId, SamplingParams, TokenLogprobs
+from shoal.engine.spans import Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +210,8 @@ class BeamGroup:
             block_hashes=parent.block_hashes.copy(),
             num_sent=0,
             num_slots=0,
+            mark=None,
+            trace=Trace(),
         )
         fork.max_known = fork.num_known + 1
         return fork

@@ -34,7 +34,9 @@ from shoal.engine.request import (
     TokenLogprobs,
 )
 from shoal.engine.scheduling.beam_search import BeamGroup
+from shoal.engine.scheduling.span_recorder import SpanRecorder
 from shoal.engine.scheduling.waiting_queue import OrderKey, WaitingQueue
+from shoal.engine.spans import Obstacle, Span
 from shoal.engine.speculation.speculator import Speculator
 from shoal.engine.step_time import StepTime, StepWork
 
@@ -63,6 +65,7 @@ class Admission:
     budget: int  # tokens that the step has left, for running prompts as well
     most: int  # requests that may be new
     is_over: bool = False
+    obstacle: Obstacle | None = None  # what the first in turn lacked
     new: list[NewRequest] = field(default_factory=list)
     copies: list[tuple[BlockId, BlockId]] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ class Scheduler:
         self._forgotten: list[RequestId] = []  # the ranks still hold these
         self._step = 0
         self._retired_step = 0
+        self._recorder = SpanRecorder(clock, spacing)
         self._last_draft_step = 0  # the last step that verifies drafts, or lets them be made
         self.counters = SchedulerCounters()
 
@@ -116,7 +120,17 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + sum(map(len, self._forks.values()))
+        return len(self._waiting) + self.num_forks
+
+    @property
+    def num_forks(self) -> int:
+        """Of those that wait, samples that wait for the prompt that another one computes."""
+        return sum(map(len, self._forks.values()))
+
+    @property
+    def held_s(self) -> dict[Obstacle, float]:
+        """See `SpanRecorder.held_s`."""
+        return self._recorder.held_s
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +150,7 @@ class Scheduler:
         else:
             request.num_planned = self._kv.refresh_cached(request)
             self._waiting.arrive(request, request.num_remaining)
+            self._recorder.wait(request, len(self._waiting), len(self._running))
             self._waiting.push(request)
 
     def _find(self, request_id: RequestId) -> Request | None:
@@ -170,6 +185,7 @@ class Scheduler:
     def _wake_forks(self, source: RequestId) -> None:
         for request in self._forks.pop(source, ()):
             request.num_planned = self._kv.refresh_cached(request)
+            self._recorder.wait(request, len(self._waiting), len(self._running), is_fork=True)
             self._waiting.push(request)
 
     # -- plan --------------------------------------------------------------------------------------------------
@@ -183,13 +199,15 @@ class Scheduler:
         if self._waits_for_tokens():
             return StepPlan(self._step)
         self._step += 1
+        self._recorder.begin_plan()
         num_preemptions = self.counters.preemptions
         most = self._fair_share()
         entries, chunked = self._plan_decoding(self._step - self._spacing, most)
         num_decode = len(entries) + self._add_drafts(entries)
         admission = Admission(self._max_step_tokens - num_decode, most - len(entries))
         # Blocks that a preemption freed are for those who ran short, not for the victim again.
-        admission.is_over = self.counters.preemptions > num_preemptions
+        if self.counters.preemptions > num_preemptions:
+            admission.is_over, admission.obstacle = True, "blocks"
         num_tokens = num_decode + self._plan_prompts(chunked, entries, admission)
         born, copies = self._introduce(entries) if num_tokens else ((), ())
         plan = StepPlan(
@@ -200,6 +218,7 @@ class Scheduler:
             copies=(*copies, *admission.copies),
             num_tokens=num_tokens,
         )
+        self._recorder.end_plan(0 if plan.is_empty else self._step, admission.obstacle if self._waiting else None)
         if plan.is_empty:
             self._step -= 1
             if self._beams and self.counters.preemptions == num_preemptions:
@@ -334,6 +353,7 @@ class Scheduler:
         request.num_planned = self._kv.refresh_cached(request)
         request.num_preemptions += 1
         self.counters.preemptions += 1
+        self._recorder.preempt(request, len(self._waiting), len(self._running))
         if not self._has_reported(request):
             self._waiting.push(request)
 
@@ -354,31 +374,36 @@ class Scheduler:
             request = self._waiting.peek()
             if request is not None and before is not None and self._waiting.key(request) >= before:
                 return
-            if request is None or not self._may_start(request, admission):
+            if request is None:
                 admission.is_over = True
                 return
-            copies = self._place(request)
+            admission.obstacle = self._obstacle(request, admission)
+            copies = self._place(request) if admission.obstacle is None else None
             if copies is None:
                 admission.is_over = True
+                admission.obstacle = admission.obstacle or "blocks"
                 return
             admission.copies.extend(copies)
             admission.new.append(self._start(request, admission.budget))
             admission.budget -= admission.new[-1].num_new
 
-    def _may_start(self, request: Request, admission: Admission) -> bool:
-        return (
-            admission.budget > 0
-            and len(admission.new) < admission.most
-            and len(self._running) < self._max_running
-            and (not self._beams or self._has_place(request))
-            and not self._is_in_flight(request)  # preempted: its last step is not over yet
-        )
+    def _obstacle(self, request: Request, admission: Admission) -> Obstacle | None:
+        """What keeps a waiting request from starting, blocks apart."""
+        if admission.budget <= 0:
+            return "tokens"
+        if len(admission.new) >= admission.most or len(self._running) >= self._max_running:
+            return "slots"
+        if self._beams and not self._has_place(request):
+            return "slots"
+        # Preempted: its last step is not over yet.
+        return "step" if self._is_in_flight(request) else None
 
     def _start(self, request: Request, budget: int) -> NewRequest:
         """From waiting, with its blocks in place, to running; its first chunk is at most `budget`."""
         self._waiting.pop()
         self._running[request.request_id] = request
         num_new = min(request.num_known - request.num_computed, budget)
+        self._recorder.admit(request)
         if request.admitted_s is None:
             request.admitted_s = self._clock()
             request.num_cached_tokens = request.num_computed
@@ -414,6 +439,7 @@ class Scheduler:
         assert plan.step == result.step, (plan.step, result.step)
         self._retired_step = plan.step
         self._kv.retire(plan.step)
+        self._recorder.end_step(plan, result)
         outputs = [
             self._advance(new.request_id, new.num_computed + new.num_new, new.num_new, (), result) for new in plan.new
         ]
@@ -446,9 +472,11 @@ class Scheduler:
         token_ids = result.token_ids.get(request_id, ())
         is_beam = request_id in self._beams
         if token_ids and not is_beam:
-            if request.first_token_s is None:
-                request.first_token_s = self._clock()
-                self._wake_forks(request_id)
+            if request.mark is None:
+                self._recorder.computed(request, end - num_new, num_new, has_token=True)
+                if request.first_token_s is None:
+                    request.first_token_s = self._clock()
+                    self._wake_forks(request_id)
             output_ids, count = request.output_ids, 0
             for token in token_ids:  # in place: a call costs 256 times a step
                 count += 1
@@ -464,6 +492,8 @@ class Scheduler:
                 break
             if self._speculator is not None:
                 self._speculator.observe(request, token_ids)
+                if draft_ids:
+                    request.trace.num_accepted += len(token_ids) - 1
         if running is not None:
             if draft_ids:
                 # What was rejected, or comes after the end, has no KV; its slots are for the tokens to come.
@@ -475,8 +505,12 @@ class Scheduler:
         elif draft_ids:
             self._waiting.expect(request, request.num_known)
         if not token_ids:
+            if running is not None and request.mark is None:
+                self._recorder.computed(request, end - num_new, num_new, has_token=False)
             return None
         if is_beam:
+            if request.mark is None:
+                self._recorder.computed(request, end - num_new, num_new, has_token=True)
             return self._report(request, result.logprobs[request_id][0])
         logprobs = result.logprobs.get(request_id, ())[: len(token_ids)] if result.logprobs else ()
         if request.finish_reason is None:
@@ -500,7 +534,11 @@ class Scheduler:
             self._waiting.remove(request.request_id)
         self._forget_drafts(request)
         self.counters.finished += 1
-        return request_times(request, self._clock())
+        return self._times(request)
+
+    def _times(self, request: Request) -> RequestTimes:
+        now = self._clock()
+        return request_times(request, now, self._recorder.finish(request, now))
 
     # -- beam search -------------------------------------------------------------------------------------------
 
@@ -563,6 +601,8 @@ class Scheduler:
         """A beam without blocks has a token to compute."""
         request.num_computed = 0
         request.num_planned = self._kv.refresh_cached(request)
+        if not request.trace.is_waiting:
+            self._recorder.wait(request, len(self._waiting), len(self._running))
         self._waiting.push(request)
 
     def _introduce(
@@ -619,7 +659,7 @@ class Scheduler:
     def _finish_beams(self, group: BeamGroup) -> list[RequestOutput]:
         root = group.root
         root.num_preemptions = group.num_preemptions
-        times = request_times(root, self._clock())
+        times = self._times(root)
         outputs = []
         for request_id, hypothesis in zip(root.result_ids, group.search.finished, strict=False):
             token_ids, logprobs = hypothesis.tokens()
@@ -660,7 +700,7 @@ class Scheduler:
             or not self._running
         ):
             return 0
-        if any(request.first_token_s is None or LEAP_TOKEN in request.end_ids for request in decoding):
+        if any(request.mark is None or LEAP_TOKEN in request.end_ids for request in decoding):
             return 0
         if not self._stays_closed(prompt, budget):
             return 0
@@ -694,7 +734,10 @@ class Scheduler:
             request.num_planned = request.num_sent = request.num_computed
             request.num_expected = request.num_known
             request.last_step = self._step
+        self._recorder.leap(num_steps, len(decoding) + (prompt is not None))
         if prompt is not None:
+            num_tokens = prompt.num_computed - prompt.num_planned
+            self._recorder.computed(prompt, prompt.num_planned, num_tokens, has_token=False)
             prompt.num_planned = prompt.num_computed
             prompt.last_step = self._step
         self.counters.generation_tokens += num_steps * len(decoding)
@@ -774,7 +817,7 @@ class Scheduler:
             assert self._kv.num_free_blocks == self._kv.num_usable_blocks
 
 
-def request_times(request: Request, now: float) -> RequestTimes:
+def request_times(request: Request, now: float, spans: tuple[Span, ...] = ()) -> RequestTimes:
     return RequestTimes(
         arrival_s=request.arrival_s,
         admitted_s=request.admitted_s,
@@ -785,4 +828,5 @@ def request_times(request: Request, now: float) -> RequestTimes:
         num_cached_tokens=request.num_cached_tokens,
         num_preemptions=request.num_preemptions,
         max_tokens=request.params.max_tokens,
+        spans=spans,
     )

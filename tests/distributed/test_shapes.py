@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import transformers
 
 from shoal.engine.config import EngineOptions
 from shoal.engine.core import EngineCore
+from shoal.engine.group import rank
 from shoal.engine.group.coordinator import group_engine
 from shoal.engine.group.launcher import Launcher
 from shoal.engine.group.processes import ProcessLauncher
@@ -168,6 +170,26 @@ def test_every_shape_says_what_one_rank_says(
                 if tensor_ranks == 1:
                     assert answers == expected
                 assert num_cached > 0 or not is_cached
+
+
+@pytest.mark.parametrize("checkpoint", ["dense"], indirect=True)
+def test_every_rank_tells_of_its_part_in_a_request(
+    checkpoint: Path, thread_launcher: Callable[[], Launcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "WORK_PERIOD_S", 0.0)
+    shape = options(checkpoint, tensor_parallel=2, pipeline_parallel=2, max_step_tokens=CHUNK)
+    params = replace(SETTINGS["greedy"], max_tokens=60)
+    with Engine(shape, thread_launcher()) as engine:
+        engine.core.add(Request(RequestId("r"), tuple(prompts()[0]), params, seed=3, arrival_s=time.monotonic()))
+        times = [output.times for _ in iter(lambda: engine.core.has_work, False) for output in engine.core.step()][-1]
+    assert times is not None
+    decode = times.spans[-1]
+    assert (decode.kind, decode.num_tokens) == ("decode", 59)
+    assert sorted(work.rank for work in decode.ranks) == ["pp0/tp0", "pp0/tp1", "pp1/tp0", "pp1/tp1"]
+    for work in decode.ranks:
+        assert abs(work.num_steps - 59) <= 2
+        assert 0 < work.compute_s + work.wait_s <= decode.seconds * 1.2 + 0.01
+        assert work.wait_s > 0.0, "a stage waits for the other's hidden states or tokens"
 
 
 @both_models

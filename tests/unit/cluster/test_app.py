@@ -61,7 +61,7 @@ def test_one_admin_is_part_of_the_application_and_runs_on_the_head_node() -> Non
     admin = application._bound_deployment.init_kwargs["admin"]._bound_deployment
     assert admin.num_replicas == 1
     assert admin._replica_config.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
-    settings, port, http = admin.init_args
+    settings, port, http, _ = admin.init_args
     assert (settings.host, port, http.port) == ("0.0.0.0", 9001, 9000)
 
 

@@ -34,6 +34,21 @@ RANKS = (
 DRAFTS = DraftCounts(1, 5, (1, 1, 1, 0, 0))
 
 
+TIMELINE: dict[str, Any] = {
+    "request_id": "mine", "model": "m", "outcome": "finished", "status": 200, "seconds": 4.0, "ttft_s": 3.0,
+    "num_prompt_tokens": 3100, "num_cached_tokens": 0, "num_output_tokens": 9, "num_preemptions": 0,
+    "explanation": ["2.0 s of 4.0 s: held in the gateway, 14 calls of 3 tenants were there already"],
+    "spans": [
+        {"name": "read", "start_s": 0.0, "end_s": 0.001, "spans": []},
+        {"name": "call", "start_s": 0.001, "end_s": 4.0, "spans": [
+            {"name": "held", "start_s": 0.0, "end_s": 2.0, "spans": []},
+            *({"name": "prefill", "start_s": 2 + i / 8, "end_s": 2 + (i + 1) / 8, "spans": []} for i in range(8)),
+            {"name": "decode", "start_s": 3.0, "end_s": 4.0, "spans": []},
+        ]},
+    ],
+}  # fmt: skip
+
+
 class FakeServer(BaseHTTPRequestHandler):
     """Answers as a gateway and the admin port do; remembers the bodies it was sent."""
 
@@ -46,8 +61,15 @@ class FakeServer(BaseHTTPRequestHandler):
             "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 64}]}),
             "/status": encode({"models": [{"name": "m", "max_model_len": 64, "groups": self.groups}]}).decode(),
             "/metrics": metrics,
+            "/debug/requests/mine": json.dumps(TIMELINE),
+            "/debug/requests?limit=20": json.dumps(
+                {"recent": [], "slowest": [{**TIMELINE, "reason": "a long prompt"}]}
+            ),
         }
-        self._answer(200, answers[self.path].encode())
+        if self.path in answers:
+            self._answer(200, answers[self.path].encode())
+        else:
+            self._answer(404, b'{"error": {"message": "no gateway knows that request"}}')
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -82,12 +104,36 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["plan"], ["chat"], ["status"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["plan"], ["chat"], ["status"], ["why"]])
 def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])
     assert exit.value.code == 0
     assert not command or "examples:" in capsys.readouterr().out
+
+
+def test_why_says_it_in_words_and_bars(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["why", "mine", "--url", url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mine: m, finished with status 200 after 4.00 s, first token after 3.00 s"
+    assert "  2.0 s of 4.0 s: held in the gateway, 14 calls of 3 tenants were there already" in lines
+    bars = {line.split("|")[0].strip(): line.split("|")[1] for line in lines if "|" in line}
+    assert list(bars) == ["call", "held", "prefill x8", "decode"], "what is too short to see has no line"
+    assert bars["held"] == "#" * 24 + " " * 24
+    assert bars["prefill x8"] == " " * 24 + "#" * 12 + " " * 12
+    assert bars["decode"] == " " * 36 + "#" * 12
+
+
+def test_why_without_an_id_lists_the_slowest(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["why", "--url", url]) == 0
+    assert capsys.readouterr().out == "  4.00 s  mine  m  a long prompt\n"
+    assert cli.main(["why", "mine", "--url", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == TIMELINE
+
+
+def test_why_of_an_unknown_request_is_an_error_of_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["why", "a/../b", "--url", url]) == 1
+    assert capsys.readouterr().err == "shoal: error: no gateway knows that request\n"
 
 
 def test_arguments_become_configuration() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -181,3 +182,31 @@ def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
             assert sample.value == len(values)
         else:
             assert sample.value == pytest.approx(sum(values))
+
+
+def values(snapshot: Snapshot, metric: metrics.Metric) -> dict[tuple[str, ...], float | Distribution]:
+    return {point.labels: point.value for point in snapshot if point.metric == metric.name}
+
+
+def test_a_replica_costs_its_price_from_its_start_on() -> None:
+    priced = ReplicaMetrics(usd_per_hour=3.6, started_s=time.monotonic() - 1000)
+    (cost,) = values(priced.snapshot(EngineStats()), metrics.COST).values()
+    assert cost == pytest.approx(1.0, rel=1e-3)
+    assert values(ReplicaMetrics().snapshot(EngineStats()), metrics.COST) == {}
+
+
+def test_what_waits_is_told_by_what_it_waits_for() -> None:
+    stats = EngineStats(num_waiting=7, num_deferred=2, held_seconds_total={"blocks": 1.5, "slots": 0.0})
+    snapshot = ReplicaMetrics().snapshot(stats)
+    assert values(snapshot, metrics.WAITING_BY_REASON) == {("capacity",): 5.0, ("deferred",): 2.0}
+    assert values(snapshot, metrics.HELD_SECONDS) == {("blocks",): 1.5, ("slots",): 0.0}
+
+
+def test_preemptions_of_finished_requests_are_counted_by_request() -> None:
+    measured = ReplicaMetrics()
+    for name, count in (("a", 0), ("b", 0), ("c", 3)):
+        measured.start([request(name)])
+        told = replace(times(0.0), num_preemptions=count)
+        measured.observe_step([RequestOutput(RequestId(name), (1,), finish_reason=FinishReason.STOP, times=told)])
+    (found,) = values(measured.snapshot(EngineStats()), metrics.REQUEST_PREEMPTIONS).values()
+    assert found == Distribution((2, 0, 0, 1, 0, 0, 0), 3.0)

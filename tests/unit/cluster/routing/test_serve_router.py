@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 
 from shoal.cluster.channel import GenerateCall
-from shoal.cluster.routing import model_routing
+from shoal.cluster.metrics import GROUP_RESTARTS
+from shoal.cluster.routing import model_routing, serve_router
 from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.cluster.routing.serve_router import MAX_SINGLE, ShoalRouter
 from shoal.engine.load import EngineLoad
@@ -132,6 +134,37 @@ async def test_no_replica_is_asked_for_its_queue_when_a_call_is_routed(rig: Rig)
     for i in range(4):
         await rig.route(call(f"c{i}"))
     assert {name: replica.num_asked for name, replica in rig.replicas.items()} == asked
+
+
+async def test_replicas_that_died_are_counted_once_and_those_taken_down_are_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def has_died(actor_name: str) -> bool:
+        asked.append(actor_name)
+        return actor_name.endswith("#b")
+
+    monkeypatch.setattr(serve_router, "has_died", has_died)
+
+    async def lost() -> float:
+        for thread in threading.enumerate():
+            if thread.name == "lost-replicas":
+                thread.join(5)
+        (point,) = [one for one in rig.routing.snapshot("m") if one.metric == GROUP_RESTARTS.name]
+        assert point.labels == ("m",)
+        assert isinstance(point.value, float)
+        return point.value
+
+    assert await lost() == 0
+    rig.router.update_replicas([rig.replicas["b"]])  # type: ignore[list-item]
+    assert await lost() == 0, "it was taken down in order"
+    rig.router.on_replica_actor_died(rig.replicas["b"].replica_id)
+    assert await lost() == 1
+    rig.router.update_replicas([Replica("c")])  # type: ignore[list-item]
+    assert await lost() == 1
+    rig.router.update_replicas([Replica("c")])  # type: ignore[list-item]
+    assert [name[-2:] for name in asked] == ["#a", "#b"]
 
 
 async def test_a_full_replica_is_passed_over_for_the_next_best(rig: Rig) -> None:

@@ -212,6 +212,22 @@ def test_the_death_behind_a_peers_complaint_is_what_is_told(open_threads: Open, 
         run_steps(opened, count=1000)
 
 
+def test_ranks_tell_what_they_did_and_how_long(open_threads: Open, make_script: MakeScript) -> None:
+    script = make_script(on_launch=lambda topology: time.sleep(0.06 if topology.rank else 0.02))
+    opened = open_threads(script, pipeline_parallel=2)
+    opened.executor.start()
+    for step in range(1, 6):
+        opened.executor.submit(a_plan(step))
+        told = opened.executor.collect().ranks
+    work = {one.rank: one for one in told}
+    assert work.keys() == {"pp0/tp0", "pp1/tp0"}
+    assert 4 <= work["pp1/tp0"].num_steps <= 5
+    for one in work.values():
+        least_s = 0.06 if one.rank.startswith("pp1") else 0.02
+        assert one.compute_s >= least_s * one.num_steps
+        assert one.wait_s == 0.0
+
+
 def test_a_silent_rank_counts_as_dead(open_threads: Open, make_script: MakeScript) -> None:
     opened = open_threads(make_script(), pipeline_parallel=2, heartbeat_timeout_s=1.0)
     opened.executor.start()

@@ -29,6 +29,7 @@ from shoal.engine.group.messages import (
     Stepped,
     ToRank,
     Welcome,
+    Worked,
     decode_from_rank,
     decode_to_rank,
     encode,
@@ -99,6 +100,7 @@ from_rank = st.one_of(
     st.builds(Stepped, results),
     st.builds(Failed, names, st.none() | names),
     st.builds(Beat, counts),
+    st.builds(Worked, counts, floats, floats),
 )
 to_rank = st.one_of(
     st.builds(Welcome, names, floats), st.builds(Allocate, counts), st.builds(Step, plans), st.builds(Alive)
