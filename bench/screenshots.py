@@ -32,7 +32,7 @@ SHAPE: Final = (
     "--replicas", "2", "--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "64MiB",
     "--max-model-len", "1024", "--speculative", "suffix",
 )  # fmt: skip
-NUM_CLIENTS: Final = 6
+NUM_CLIENTS: Final = 4
 LOAD_S: Final = 120.0
 ANSWER_TIMEOUT_S: Final = 120.0
 MAX_BYTES: Final = 200_000
