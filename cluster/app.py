@@ -73,7 +73,7 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=1,
     )
-    return gateway.bind(config.models, config.http, replicas, own_ip)
+    return gateway.bind(config.models, config.http, replicas, own_ip, auth=config.auth)
 
 
 def num_cpus(model: ModelSettings) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import ChainMap
 from collections.abc import Mapping
 
@@ -12,10 +13,14 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
+from shoal.cluster.channel import PeerMessage, Spent
+from shoal.cluster.config import AuthSettings, HttpSettings, ModelSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
+from shoal.cluster.gateway.auth import Auth
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.key_ring import KeyRing
+from shoal.cluster.gateway.limits import Limits
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.logs import adopt_serve_handlers
@@ -34,14 +39,18 @@ class Gateway:
         http: HttpSettings,
         replicas: Mapping[str, DeploymentHandle[object]],
         own_ip: str | None = None,
+        auth: AuthSettings | None = None,
     ) -> None:
-        """`own_ip`: where this gateway receives tokens; None is its node's address."""
+        """`own_ip`: where this gateway receives tokens; None is its node's address. Raises ConfigError for a keys file
+        that is not here or wrong.
+        """
         adopt_serve_handlers()
         self._http = http
         self._http_metrics = HttpMetrics()
-        self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), take_peer_message)
+        self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), self._take_peer_message)
+        self._mirror = Mirror(self._inbox.address, self._pass_mirror_period)
+        self._auth = self._with_keys(auth or AuthSettings())
         self._inbox.start()
-        self._mirror = Mirror(self._inbox.address, expire_mirrored)
         self._mirror.start()
         self._backends = {
             model.name: ReplicaBackend(model.name, handle, self._inbox, self._routing(model, handle))
@@ -51,6 +60,27 @@ class Gateway:
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
         self._admissions = {model.name: self._admission(model) for model in models}
+
+    def _with_keys(self, auth: AuthSettings) -> Auth | None:
+        if auth.keys_file is None:
+            return None
+        ring = KeyRing(auth.keys_file)
+        ring.start()
+        # The address alone may come again after a restart, and its sums begin anew.
+        name = f"{self._inbox.address}/{uuid.uuid4().hex}"
+        limits = Limits(name, lambda key: e.limits if (e := ring.entry(key)) is not None else None, tell=self._mirror.tell)
+        return Auth(ring, limits)
+
+    def _take_peer_message(self, message: PeerMessage) -> None:
+        if not isinstance(message, Spent):
+            take_peer_message(message)
+        elif self._auth is not None:
+            self._auth.limits.take(message)
+
+    def _pass_mirror_period(self) -> None:
+        expire_mirrored()
+        if self._auth is not None:
+            self._auth.limits.beat()
 
     def _routing(self, model: ModelSettings, handle: DeploymentHandle[object]) -> ModelRouting:
         routing = routing_of(handle.app_name, handle.deployment_name, model.routing.policy, dict(model.routing.options))
@@ -85,6 +115,9 @@ class Gateway:
             self._models,
             admissions=self._admissions,
             max_body_bytes=self._http.max_body_bytes,
+            body_timeout_s=self._http.body_timeout,
+            cors_origins=self._http.cors_origins,
+            auth=self._auth,
             metrics_text=self._metrics_text,
         )
         return CountedApp(app, self._http_metrics)
@@ -98,7 +131,8 @@ class Gateway:
         )
         routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
         admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
-        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting)
+        keys = self._auth.snapshot() if self._auth is not None else ()
+        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting, *keys)
         return render(dict(ChainMap(*snapshots)), gateway=own)
 
 

@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 
 from shoal.cluster.gateway.admission import Admission, Visit
 from shoal.cluster.gateway.answer_headers import answer_headers
+from shoal.cluster.gateway.auth import Auth, AuthMiddleware, Grant
 from shoal.cluster.gateway.backend import GenerateCall, ServedModel
 from shoal.cluster.gateway.calls import chat_call, completion_calls, run_by_size
 from shoal.cluster.gateway.errors import ApiError, from_validation, install_error_handlers, to_api_error
-from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
+from shoal.cluster.gateway.front import CLIENT_CLOSED_REQUEST, FrontMiddleware, read_body
 from shoal.cluster.gateway.generation import Generation, collect
+from shoal.cluster.gateway.openapi import description
 from shoal.cluster.gateway.responses import (
     Completion,
     DetokenizeResponse,
@@ -42,10 +44,10 @@ from shoal.cluster.gateway.sse import DONE, ChunkWriter, ClientGoneError, EventS
 from shoal.engine.request import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
+BODY_TIMEOUT_S = 30.0
 _INLINE_BODY_BYTES = 2**18  # larger bodies are parsed in a thread
 SESSION_HEADER = "x-session-id"
 _MAX_SESSION = 256
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code for an answer that nobody reads
 
 _Body = TypeVar("_Body", bound=BaseModel)
 
@@ -55,15 +57,19 @@ def build_app(
     *,
     admissions: Mapping[str, Admission] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+    cors_origins: Sequence[str] = (),
+    auth: Auth | None = None,
     metrics_text: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
     """The gateway over `models` by name.
 
-    `admissions`: who gets in, for models whose objectives and weights are not the defaults.
+    `admissions`: who gets in, for models whose objectives and weights are not the defaults. `auth`: who may ask at all;
+    None is anybody. `cors_origins`: sites whose pages may ask, "*" for all.
     `metrics_text` gives the exposition for /metrics; by default the backends' own, one after the other.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
-    gateway = _Gateway(models, admissions or {}, max_body_bytes, metrics_text)
+    gateway = _Gateway(models, admissions or {}, max_body_bytes, body_timeout_s, metrics_text)
     routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
         ("GET", "/v1/models", gateway.list_models),
         ("GET", "/v1/models/{name:path}", gateway.show_model),
@@ -77,9 +83,20 @@ def build_app(
         ("GET", "/status", gateway.status),
         ("GET", "/debug/routing", gateway.explain_routing),
         ("GET", "/version", gateway.version),
+        ("GET", "/openapi.json", gateway.describe),
     )
     for method, path, endpoint in routes:
         app.add_route(path, endpoint, methods=[method])
+    app.add_middleware(AuthMiddleware, auth=auth)  # the last one that is added stands in front
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(FrontMiddleware)
     install_error_handlers(app)
     return app
 
@@ -90,6 +107,7 @@ class _Gateway:
         models: Mapping[str, ServedModel],
         admissions: Mapping[str, Admission],
         max_body_bytes: int,
+        body_timeout_s: float,
         metrics_text: Callable[[], Awaitable[str]] | None,
     ) -> None:
         self._models = dict(models)
@@ -97,12 +115,14 @@ class _Gateway:
             name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
         }
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
         self._metrics_text = metrics_text or self._backends_metrics
+        self._description = encode(description(_own_version()))
 
     async def chat(self, http: Request) -> Response:
         arrival = _arrival(http)
         body = await self._read(http, ChatCompletionRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         format = ChatFormat(model.tokenizer, has_logprobs=bool(body.logprobs))
         answer_id = f"{format.id_prefix}{uuid.uuid4().hex}"
         call = await chat_call(body, model, answer_id, session=arrival.session)
@@ -111,7 +131,7 @@ class _Gateway:
     async def complete(self, http: Request) -> Response:
         arrival = _arrival(http)
         body = await self._read(http, CompletionRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         format = CompletionFormat(
             model.tokenizer,
             num_logprobs=body.logprobs,
@@ -124,7 +144,7 @@ class _Gateway:
 
     async def tokenize(self, http: Request) -> Response:
         body = await self._read(http, TokenizeRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         tokenizer = model.tokenizer
         if body.messages is not None:
             messages = [message.template_message() for message in body.messages]
@@ -155,7 +175,7 @@ class _Gateway:
 
     async def detokenize(self, http: Request) -> Response:
         body = await self._read(http, DetokenizeRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         for index, token in enumerate(body.tokens):
             if token >= model.vocab_size:
                 raise ApiError(
@@ -169,10 +189,10 @@ class _Gateway:
         return _json(DetokenizeResponse(text))
 
     async def list_models(self, http: Request) -> Response:
-        return _json(ModelList([_card(model) for model in self._models.values()]))
+        return _json(ModelList([_card(model) for model in self._allowed(http)]))
 
     async def show_model(self, http: Request) -> Response:
-        return _json(_card(self._model(http.path_params["name"])))
+        return _json(_card(self._model(http.path_params["name"], http)))
 
     async def health(self, http: Request) -> Response:
         await asyncio.gather(*(model.backend.check_health() for model in self._models.values()))
@@ -187,11 +207,14 @@ class _Gateway:
     async def explain_routing(self, http: Request) -> Response:
         """The last decisions for the model that the query names, or for each."""
         name = http.query_params.get("model")
-        models = self._models.values() if name is None else [self._model(name)]
+        models = self._allowed(http) if name is None else [self._model(name, http)]
         return _json({"models": [{"name": model.name, "decisions": model.backend.explain()} for model in models]})
 
     async def version(self, http: Request) -> Response:
         return _json(VersionResponse(_own_version()))
+
+    async def describe(self, http: Request) -> Response:
+        return Response(self._description, media_type="application/json")
 
     async def _backends_metrics(self) -> str:
         backends = {id(model.backend): model.backend for model in self._models.values()}
@@ -209,8 +232,11 @@ class _Gateway:
         created = int(time.time())
         admission = self._admissions[model.name]
         objectives = admission.objectives.overridden(arrival.http.headers)
-        visits = [Visit(call, arrival.tenant, objectives, arrival.seconds) for call in calls]
-        generation = Generation(model, calls, [admission.run(visit) for visit in visits])
+        grant = arrival.grant
+        calls = grant.bound(calls, has_own_limit=body.tokens_wanted[1] is not None)
+        visits = [Visit(call, grant.tenant, objectives, arrival.seconds) for call in calls]
+        steps = [grant.metered(admission.run(visit), visit.call, model.name) for visit in visits]
+        generation = Generation(model, calls, steps)
         if body.stream:
             writer = ChunkWriter(
                 id=answer_id,
@@ -224,58 +250,45 @@ class _Gateway:
         try:
             wholes = await until_disconnect(arrival.http.receive, collect(generation))
         except ClientGoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         choices: Any = [format.choice(whole) for whole in wholes]
         whole_answer = Completion(answer_id, format.object, created, model.name, choices, generation.usage())
         return _json(whole_answer, answer_headers(visits))
 
-    def _model(self, name: str | None) -> ServedModel:
+    def _allowed(self, http: Request) -> list[ServedModel]:
+        grant = _grant(http)
+        return [model for name, model in self._models.items() if grant.may_ask(name)]
+
+    def _model(self, name: str | None, http: Request) -> ServedModel:
         """The model of that name; the first one for None, which only vLLM's own routes allow."""
         if name is None:
-            return next(iter(self._models.values()))
+            name = next((model.name for model in self._allowed(http)), next(iter(self._models)))
         if name not in self._models:
+            names = ", ".join(model.name for model in self._allowed(http))
             raise ApiError(
                 404,
-                f"the model '{name[:200]}' does not exist; this server has: {', '.join(self._models)}",
+                f"the model '{name[:200]}' does not exist; this server has: {names}",
                 param="model",
                 code="model_not_found",
             )
+        _grant(http).check_model(name)
         return self._models[name]
 
     async def _read(self, http: Request, kind: type[_Body]) -> _Body:
         """The body of a request, checked."""
-        data = await self._read_bytes(http)
+        data = await read_body(http, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
         try:
             return await _validate(data, kind)
         except ValidationError as error:
             raise from_validation(error, kind) from None
 
-    async def _read_bytes(self, http: Request) -> bytes:
-        too_large = ApiError(
-            413,
-            f"the body is larger than {self._max_body_bytes} bytes, the limit of this server",
-            code="body_too_large",
-        )
-        declared = http.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
-            raise too_large
-        data = bytearray()
-        try:
-            async for part in http.stream():
-                data += part
-                if len(data) > self._max_body_bytes:
-                    raise too_large
-        except ClientDisconnect:
-            raise ApiError(_CLIENT_CLOSED_REQUEST, "the client closed the connection") from None
-        return bytes(data)
-
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """An HTTP request for tokens: whose it is, what it belongs to, and when it came (time.monotonic())."""
+    """An HTTP request for tokens: what it may do, what it belongs to, and when it came (time.monotonic())."""
 
     http: Request
-    tenant: str
+    grant: Grant
     session: str
     seconds: float
 
@@ -285,7 +298,13 @@ def _arrival(http: Request) -> _Arrival:
     session = http.headers.get(SESSION_HEADER, "")
     if len(session) > _MAX_SESSION:
         raise RequestError(f"{SESSION_HEADER} is longer than {_MAX_SESSION} characters", param=SESSION_HEADER)
-    return _Arrival(http, tenant_of(http.headers), session, time.monotonic())
+    return _Arrival(http, _grant(http), session, time.monotonic())
+
+
+def _grant(http: Request) -> Grant:
+    """What the request may do, as AuthMiddleware says."""
+    grant: Grant = http.state.grant
+    return grant
 
 
 async def _validate(data: bytes, kind: type[_Body]) -> _Body:

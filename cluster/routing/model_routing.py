@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from shoal.cluster.channel import GenerateCall, PeerMessage, ReplicaView, Reserved, Settled, decode_load
+from shoal.cluster.channel import GenerateCall, Held, ReplicaView, Reserved, Settled, decode_load
 from shoal.cluster.metrics import (
     INDEX_BLOCKS,
     INDEX_STALENESS,
@@ -345,7 +345,7 @@ def routing_of(
         return _routings[name]
 
 
-def take_peer_message(message: PeerMessage) -> None:
+def take_peer_message(message: Reserved | Held | Settled) -> None:
     """Give another gateway's word to the deployment that it is about."""
     if (routing := _routings.get(message.deployment)) is not None:
         routing.mirrored.take(message)

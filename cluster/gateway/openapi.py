@@ -1,0 +1,1 @@
+def description(version): return {}
