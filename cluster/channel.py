@@ -9,8 +9,8 @@ The answer to the Serve request says how many tokens each sample got, so a lost 
 the replica names the calls that it still holds, so a gateway knows a replica that it cannot hear any more.
 
 Replicas publish what they have to do (`LoadReport`) and name the gateways that call them. Gateways tell each other
-where they send requests (`Reserved`, `Held`, `Settled`) and what API keys have spent (`Spent`), to the same sockets that
-the tokens come to.
+where they send requests (`Reserved`, `Held`, `Settled`) and what API keys have spent (`Spent`), to the same sockets
+that the tokens come to.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """API keys: how they are made, and the file that holds their hashes, tenants and limits.
 
-A key is 256 random bits and more, so nobody finds it by trying, however fast the hash: a plain SHA-256 is right, where a
+A key is 256 random bits, so nobody finds it by trying, however fast the hash: a plain SHA-256 is right, where a
 password would need a slow hash. The file holds no key, and nothing here shows one: neither an error nor a repr.
 """
 
@@ -65,8 +65,8 @@ _Name = Annotated[str, AfterValidator(_check_name)]
 class KeyLimits(Settings):
     """What one key may ask of the whole cluster, all gateways together. None is no limit.
 
-    A limit a minute comes back evenly: at most so many at once, and so many in every minute from then on. tokens_per_minute
-    counts prompt tokens, cached ones too, and generated ones, as they were really used.
+    A limit a minute comes back evenly: at most so many at once, and so many in every minute from then on.
+    tokens_per_minute counts prompt tokens, cached ones too, and generated ones, as they were really used.
     """
 
     requests_per_minute: int | None = Field(default=None, ge=1)

@@ -113,7 +113,9 @@ REQUESTS_REFUSED = Metric(
 )
 
 # Of a gateway's API keys. Tenants are those of the keys file.
-AUTH_REFUSALS = Metric("shoal:auth_refusals", "counter", "Requests refused for their API key or its limits.", ("reason",))
+AUTH_REFUSALS = Metric(
+    "shoal:auth_refusals", "counter", "Requests refused for their API key or its limits.", ("reason",)
+)
 AUTH_KEYS = Metric("shoal:auth_keys", "gauge", "API keys in use, of the last keys file that was right.")
 AUTH_RELOAD_FAILED = Metric("shoal:auth_keys_file_broken", "gauge", "1 while the keys file cannot be used as it is.")
 TENANT_REQUESTS = Metric("shoal:tenant_requests", "counter", "Requests let in for a tenant.", ("tenant",))

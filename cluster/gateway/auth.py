@@ -1,8 +1,8 @@
 """Who may ask, and how much: decided from a request's headers alone, before its body is read.
 
-What a request is allowed is its `Grant`, held from its headers to the end of its answer. With keys, the tenant is that of
-the key and nothing a client sends can be another's: its turn in the queue and the prefixes it finds cached are its
-tenant's. Without keys, a grant allows everything and the tenant is whom the headers name.
+What a request is allowed is its `Grant`, held from its headers to the end of its answer. With keys, the tenant is that
+of the key, and nothing that a client sends makes it another's: its turn in the queue and the prefixes that it finds
+cached are its tenant's. Without keys, a grant allows everything and the tenant is whom the headers name.
 """
 
 from __future__ import annotations
@@ -243,8 +243,8 @@ class KeyGrant:
         room = (most - num_prompt) // num_samples
         if has_own_limit or room < 1:
             raise RequestError(
-                f"this API key may use {most} tokens in one request, and this one asks for {num_prompt} in its prompt and "
-                f"{wanted} to generate: shorten the prompt, or ask for fewer tokens or samples",
+                f"this API key may use {most} tokens in one request, and this one asks for {num_prompt} in its prompt "
+                f"and {wanted} to generate: shorten the prompt, or ask for fewer tokens or samples",
                 param="max_tokens",
                 code="max_tokens_per_request_exceeded",
             )

@@ -68,7 +68,9 @@ class Gateway:
         ring.start()
         # The address alone may come again after a restart, and its sums begin anew.
         name = f"{self._inbox.address}/{uuid.uuid4().hex}"
-        limits = Limits(name, lambda key: e.limits if (e := ring.entry(key)) is not None else None, tell=self._mirror.tell)
+        limits = Limits(
+            name, lambda key: e.limits if (e := ring.entry(key)) is not None else None, tell=self._mirror.tell
+        )
         return Auth(ring, limits)
 
     def _take_peer_message(self, message: PeerMessage) -> None:

@@ -37,7 +37,7 @@ def _refusal(scope: Scope) -> ApiError | None:
     if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
         return ApiError(
             431,
-            f"too many headers, or too long ones: this server takes {MAX_HEADERS}, with {MAX_HEADER_BYTES} bytes in all",
+            f"too many headers, or too long ones: this server takes {MAX_HEADERS}, of {MAX_HEADER_BYTES} bytes in all",
             code="headers_too_large",
         )
     if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
@@ -50,7 +50,9 @@ async def read_body(http: Request, *, max_bytes: int, timeout_s: float) -> bytes
 
     It may take timeout_s, and a second more for each LEAST_BODY_RATE bytes that have come.
     """
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes, the limit of this server", code="body_too_large")
+    too_large = ApiError(
+        413, f"the body is larger than {max_bytes} bytes, the limit of this server", code="body_too_large"
+    )
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise too_large

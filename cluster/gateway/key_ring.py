@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ _Signature = tuple[int, int, int, int, int]
 class KeyRing:
     """`find` may be called from any thread; a thread of its own looks at the file.
 
-    A file that cannot be used changes nothing: the keys that were in use stay so, and the log tells what is wrong with it.
+    A file that cannot be used changes nothing: the keys that were in use stay so, and the log tells what is wrong.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,8 +58,8 @@ class KeyRing:
     def find(self, key: str) -> KeyEntry | None:
         """The entry of a presented key; None for one that is not in the file.
 
-        How long it takes tells nothing of use: what is looked up is the hash, and whoever could choose hashes that begin
-        as a known one does would have broken SHA-256.
+        How long it takes tells nothing of use: what is looked up is the hash, and whoever could choose hashes that
+        begin as a known one does would have broken SHA-256.
         """
         return None if len(key) > MAX_KEY_CHARS else self._file.by_hash.get(hash_key(key))
 
@@ -102,9 +101,9 @@ class KeyRing:
 
 
 def _signature(path: Path) -> _Signature | None:
-    """Changes when the file is written, replaced, or linked to another one, as Kubernetes does with a mounted Secret."""
+    """Changes when the file is written, replaced, or linked to another one, as Kubernetes does with a Secret."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

@@ -1,10 +1,10 @@
 """What keys may spend, counted over all gateways: a state machine on a clock, without sockets or waiting.
 
-Every gateway keeps the whole cluster's count of each key that it hears of, so a decision asks nobody. Gateways tell each
-other what they let a key spend as sums since their start, with a number: a message that is lost is made good by the next
-one, and one that comes twice or late changes nothing. Requests that are open at another gateway count until it has said
-nothing of them for LEASE_S. What a gateway has not been told yet it cannot count, so a limit may be passed by as much; the
-bucket goes into debt for it when the word comes.
+Every gateway keeps the whole cluster's count of each key that it hears of, so a decision asks nobody. Gateways tell
+each other what they let a key spend as sums since their start, with a number: a message that is lost is made good by
+the next one, and one that comes twice or late changes nothing. Requests that are open at another gateway count until it
+has said nothing of them for LEASE_S. What a gateway has not been told yet it cannot count, so a limit may be passed by
+as much; the bucket goes into debt for it when the word comes.
 
 A limit a minute is a leaky bucket: what was spent drains evenly, and who finds it full is refused.
 """
@@ -52,7 +52,7 @@ class Standing:
 
 @dataclass(slots=True)
 class _Bucket:
-    """What was spent of one limit. `total` and `own`: at this gateway, ever and undrained; `used`: at all, undrained."""
+    """What was spent of one limit. `total` and `own`: at this gateway, ever and undrained; `used`: at all of them."""
 
     total: float = 0.0
     own: float = 0.0
@@ -74,7 +74,9 @@ class _Bucket:
         return Spending(self.total, self.own, self.used)
 
     def meet(self, told: Spending) -> None:
-        """The first word of a gateway: what it let spend of late, and at least what it knows of."""
+        """The first word of a gateway on a key: what it let spend of late, and at least what it knows of. What is older
+        counts as drained by each gateway alone, so what two spent for long without a word is taken for a little less.
+        """
         self.used = max(self.used + told.own, told.used)
 
     def catch_up(self, amount: float) -> None:
@@ -168,9 +170,9 @@ class Limits:
             now = self._clock()
             lively = []
             for key, account in self._accounts.items():
-                if account.num_open or now - account.changed_s < REPEAT_S:
-                    if self._drain(key, account, now).are_shared:
-                        lively.append(key)
+                is_lively = account.num_open or now - account.changed_s < REPEAT_S
+                if is_lively and self._drain(key, account, now).are_shared:
+                    lively.append(key)
                 for gateway in [name for name, one in account.others.items() if now - one.heard_s > FORGET_S]:
                     del account.others[gateway]
             for at in range(0, len(lively), _MAX_KEYS):

@@ -1,1 +1,2 @@
-def description(version): return {}
+def description(version):
+    return {}
