@@ -69,7 +69,9 @@ def build_app(
     `metrics_text` gives the exposition for /metrics; by default the backends' own, one after the other.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
-    gateway = _Gateway(models, admissions or {}, max_body_bytes, body_timeout_s, metrics_text)
+    gateway = _Gateway(
+        models, admissions or {}, max_body_bytes, body_timeout_s, metrics_text, has_keys=auth is not None
+    )
     routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
         ("GET", "/v1/models", gateway.list_models),
         ("GET", "/v1/models/{name:path}", gateway.show_model),
@@ -109,6 +111,8 @@ class _Gateway:
         max_body_bytes: int,
         body_timeout_s: float,
         metrics_text: Callable[[], Awaitable[str]] | None,
+        *,
+        has_keys: bool,
     ) -> None:
         self._models = dict(models)
         self._admissions = {
@@ -117,7 +121,7 @@ class _Gateway:
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._metrics_text = metrics_text or self._backends_metrics
-        self._description = encode(description(_own_version()))
+        self._description = encode(description(_own_version(), has_keys=has_keys))
 
     async def chat(self, http: Request) -> Response:
         arrival = _arrival(http)

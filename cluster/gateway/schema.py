@@ -7,7 +7,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from shoal.engine.request import RequestError, SamplingParams
 
@@ -36,9 +37,19 @@ def _refuse_unless(*neutral: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-_Unsupported = Annotated[Any, _refuse_unless()]
-_Off = Annotated[Any, _refuse_unless(False)]
-_Empty = Annotated[Any, _refuse_unless([])]
+_Unsupported = Annotated[Any, _refuse_unless(), SkipJsonSchema()]
+_Off = Annotated[Any, _refuse_unless(False), SkipJsonSchema()]
+_Empty = Annotated[Any, _refuse_unless([]), SkipJsonSchema()]
+
+
+def _shown_as(*kinds: Mapping[str, Any]) -> WithJsonSchema:
+    """Any of these JSON schemas, in the description of the API; null stands for the default."""
+    return WithJsonSchema({"anyOf": [*kinds, {"type": "null"}]})
+
+
+_TEXT: Mapping[str, Any] = {"type": "string"}
+_TEXTS: Mapping[str, Any] = {"type": "array", "items": {"type": "string"}}
+_TOKENS: Mapping[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
 
 class _Body(BaseModel):
@@ -98,9 +109,19 @@ class _Generation(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_check_logit_bias)] = Field(default_factory=dict)
+    logit_bias: Annotated[
+        dict[int, float],
+        BeforeValidator(_check_logit_bias),
+        _shown_as(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            }
+        ),
+    ] = Field(default_factory=dict)
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop), _shown_as(_TEXT, _TEXTS)] = ()
     stop_token_ids: list[_Count] | None = None
     bad_words: list[str] | None = None
     max_tokens: _Positive | None = None
@@ -134,8 +155,8 @@ class _Generation(_Body):
     guided_choice: _Unsupported = None
     guided_grammar: _Unsupported = None
     structured_outputs: _Unsupported = None
-    response_format: Annotated[Any, _refuse_unless({"type": "text"})] = None
-    spaces_between_special_tokens: Annotated[Any, _refuse_unless(True)] = None
+    response_format: Annotated[Any, _refuse_unless({"type": "text"}), SkipJsonSchema()] = None
+    spaces_between_special_tokens: Annotated[Any, _refuse_unless(True), SkipJsonSchema()] = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -219,9 +240,19 @@ def _check_content(value: Any) -> Any:
     return "\n".join(texts)
 
 
+_TEXT_PARTS: Mapping[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+        "required": ["text"],
+    },
+}
+
+
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_check_content)] = None
+    content: Annotated[str | None, BeforeValidator(_check_content), _shown_as(_TEXT, _TEXT_PARTS)] = None
     name: str | None = None
     reasoning_content: str | None = None
 
@@ -285,8 +316,8 @@ class ChatCompletionRequest(_ChatPrompt, _Generation):
     echo: _Off = None
     audio: _Unsupported = None
     functions: _Empty = None
-    function_call: Annotated[Any, _refuse_unless("none")] = None
-    modalities: Annotated[Any, _refuse_unless(["text"])] = None
+    function_call: Annotated[Any, _refuse_unless("none"), SkipJsonSchema()] = None
+    modalities: Annotated[Any, _refuse_unless(["text"]), SkipJsonSchema()] = None
     prediction: _Unsupported = None
     reasoning_effort: _Unsupported = None
     verbosity: _Unsupported = None
@@ -337,12 +368,16 @@ def _are_ids(value: list[Any]) -> bool:
 class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    prompt: Annotated[
+        Any,
+        BeforeValidator(_check_prompt),
+        WithJsonSchema({"anyOf": [_TEXT, _TEXTS, _TOKENS, {"type": "array", "items": _TOKENS}]}),
+    ]
     echo: bool | None = None
     logprobs: _Count | None = None
     add_special_tokens: bool | None = None
 
-    suffix: Annotated[Any, _refuse_unless("")] = None
+    suffix: Annotated[Any, _refuse_unless(""), SkipJsonSchema()] = None
     prompt_embeds: _Unsupported = None
 
     @model_validator(mode="after")
