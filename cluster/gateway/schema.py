@@ -7,7 +7,15 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from shoal.engine.request import RequestError, SamplingParams
@@ -122,8 +130,8 @@ class _Generation(_Body):
     ] = Field(default_factory=dict)
     seed: int | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop), _shown_as(_TEXT, _TEXTS)] = ()
-    stop_token_ids: list[_Count] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: Annotated[list[_Count], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: _Positive | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
@@ -293,7 +301,7 @@ def _check_template_kwargs(value: Any) -> Any:
 class _ChatPrompt(BaseModel):
     """Fields from which a chat's prompt is made."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_check_template_kwargs)] = None
 
@@ -308,7 +316,7 @@ class ChatCompletionRequest(_ChatPrompt, _Generation):
     max_completion_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: _Count | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
 
     include_reasoning: Any = None
@@ -401,7 +409,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -418,4 +426,4 @@ class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[_Count]
+    tokens: Annotated[list[_Count], Field(fail_fast=True)]

@@ -155,6 +155,24 @@ async def test_json_that_is_made_to_hurt_is_400_soon_and_in_few_words(app: Any, 
     assert time.monotonic() - start < SLOW_S
 
 
+async def test_a_large_body_of_nothing_but_fields_is_refused_without_looking_at_each(served: Any) -> None:
+    app = build_app({"smollm2": served})
+    for space in (b"", b" \n"):
+        fields = b",".join(b'"f%d"%b: 1' % (n, space) for n in range(1_000_000))
+        for body in (b"{" + fields + b"}", b'{"messages": [{' + fields + b"}]}"):
+            start = time.process_time()
+            status, error, _ = await ask(app, pieces(body), path="/v1/chat/completions")
+            assert status == 400
+            assert "fields" in error["message"]
+            assert time.process_time() - start < SLOW_S
+
+
+async def test_a_large_text_full_of_quotes_and_colons_is_no_field(served: Any) -> None:
+    body = json.dumps({"model": "smollm2", "prompt": '":' * 300_000}).encode()
+    status, error, _ = await ask(build_app({"smollm2": served}), pieces(body))
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+
+
 async def test_a_nul_in_a_prompt_is_text_like_any_other(client: httpx.AsyncClient, backend: Any) -> None:
     answer = await client.post("/v1/completions", json={"model": "smollm2", "prompt": "a\0b"})
     assert answer.status_code == 200
