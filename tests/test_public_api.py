@@ -9,6 +9,7 @@ import inspect
 import shoal.engine
 from shoal.cluster.cli import build_parser
 from shoal.cluster.config import (
+    AuthSettings,
     AutoscalingSettings,
     ClusterConfig,
     EngineSettings,
@@ -22,6 +23,7 @@ from shoal.cluster.config import (
     SpeculativeSettings,
 )
 from shoal.cluster.gateway.routes import build_app
+from shoal.cluster.keys import KeyEntry, KeyLimits
 from shoal.engine import LLM, SamplingParams
 from shoal.engine.config import EngineOptions, SpeculativeOptions
 from shoal.engine.llm import Completion, GenerationResult
@@ -122,15 +124,30 @@ def test_commands_and_their_options() -> None:
             "--tpot-ms", "--admission", "--autoscaling", "--min-replicas", "--max-replicas", "--seed", "--plot",
             "--json",
         ],
+        "keys": ["--help"],
+    }  # fmt: skip
+    (actions,) = (a for a in commands.choices["keys"]._actions if isinstance(a, argparse._SubParsersAction))
+    options = {
+        name: [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        for name, parser in actions.choices.items()
+    }
+    assert options == {
+        "new": [
+            "--help", "--tenant", "--id", "--models", "--rpm", "--tpm", "--concurrent", "--max-tokens", "--expires",
+            "--shared-cache", "--append",
+        ],
+        "check": ["--help"],
     }  # fmt: skip
 
 
 def test_keys_of_a_configuration_file() -> None:
-    assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "gateway_labels", "ray"}
+    assert set(ClusterConfig.model_fields) == {
+        "models", "http", "admin", "auth", "tracing", "logging", "gateways", "gateway_labels", "ray",
+    }  # fmt: skip
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "speculative", "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
-        "routing", "autoscaling", "drain_timeout",
+        "routing", "autoscaling", "drain_timeout", "usd_per_hour",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
@@ -149,7 +166,16 @@ def test_keys_of_a_configuration_file() -> None:
     }  # fmt: skip
     assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
-    assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
+    assert set(HttpSettings.model_fields) == {
+        "host", "port", "max_body_bytes", "header_timeout", "body_timeout", "cors_origins",
+    }  # fmt: skip
+    assert set(AuthSettings.model_fields) == {"keys_file"}
+    assert set(KeyEntry.model_fields) == {
+        "id", "tenant", "sha256", "models", "limits", "expires", "revoked", "shared_cache",
+    }  # fmt: skip
+    assert set(KeyLimits.model_fields) == {
+        "requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "max_tokens_per_request",
+    }  # fmt: skip
     assert set(RaySettings.model_fields) == {"address"}
 
 
@@ -172,4 +198,5 @@ def test_http_routes() -> None:
         ("GET", "/status"),
         ("GET", "/debug/routing"),
         ("GET", "/version"),
+        ("GET", "/openapi.json"),
     }
