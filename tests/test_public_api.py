@@ -101,13 +101,21 @@ def test_sampling_params_and_their_defaults() -> None:
     }
 
 
-def test_commands_and_their_options() -> None:
-    actions = build_parser()._actions
-    (commands,) = (action for action in actions if isinstance(action, argparse._SubParsersAction))
-    options = {
-        name: [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        for name, parser in commands.choices.items()
+def options_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Of each of its commands."""
+    return {
+        name: [option for action in each._actions for option in action.option_strings if option.startswith("--")]
+        for name, each in commands_of(parser).items()
     }
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def test_commands_and_their_options() -> None:
+    options = options_of(build_parser())
     assert options == {
         "serve": [
             "--help", "--host", "--port", "--model-name", "--replicas", "--routing", "--tensor-parallel",
@@ -126,11 +134,7 @@ def test_commands_and_their_options() -> None:
         ],
         "keys": ["--help"],
     }  # fmt: skip
-    (actions,) = (a for a in commands.choices["keys"]._actions if isinstance(a, argparse._SubParsersAction))
-    options = {
-        name: [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        for name, parser in actions.choices.items()
-    }
+    options = options_of(commands_of(build_parser())["keys"])
     assert options == {
         "new": [
             "--help", "--tenant", "--id", "--models", "--rpm", "--tpm", "--concurrent", "--max-tokens", "--expires",
