@@ -8,6 +8,7 @@ cached are its tenant's. Without keys, a grant allows everything and the tenant 
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -17,14 +18,14 @@ from typing import Final, Literal, Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.channel import GenerateCall
+from shoal.cluster.channel import GenerateCall, Spent
 from shoal.cluster.gateway.admission import RefusedError
 from shoal.cluster.gateway.backend import ReplicaUnavailableError
 from shoal.cluster.gateway.errors import ApiError
 from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.key_ring import KeyRing
 from shoal.cluster.gateway.limits import LimitName, Limits, OverLimitError, Standing
-from shoal.cluster.keys import KeyEntry
+from shoal.cluster.keys import KeyEntry, KeyLimits
 from shoal.cluster.metrics import (
     AUTH_KEYS,
     AUTH_REFUSALS,
@@ -162,6 +163,10 @@ class Auth:
             headers[f"x-ratelimit-reset-{name}"] = _duration(standing)
         return headers
 
+    def close(self) -> None:
+        """Follow the keys file no longer."""
+        self._ring.close()
+
     def snapshot(self) -> Snapshot:
         return (
             Point(AUTH_KEYS.name, (), float(len(self._ring.file.keys))),
@@ -183,6 +188,22 @@ class Auth:
             code="rate_limit_exceeded",
             headers={"retry-after": str(error.retry_after_s)} | self.standing_headers(entry),
         )
+
+
+def start_auth(keys_file: str, address: str, tell: Callable[[Spent], None]) -> Auth:
+    """Read the keys and follow their file. `address`: where this gateway listens. `tell`: see Limits.
+
+    Raises ConfigError where the file is not there or wrong.
+    """
+    ring = KeyRing(keys_file)
+    ring.start()
+
+    def limits_of(key: str) -> KeyLimits | None:
+        entry = ring.entry(key)
+        return entry.limits if entry is not None else None
+
+    # The address alone may come again after a restart, and its sums begin anew.
+    return Auth(ring, Limits(f"{address}/{uuid.uuid4().hex}", limits_of, tell=tell))
 
 
 class KeyGrant:

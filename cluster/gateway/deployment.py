@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import ChainMap
 from collections.abc import Mapping
 
@@ -16,11 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.cluster.channel import PeerMessage, Spent
 from shoal.cluster.config import AuthSettings, HttpSettings, ModelSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
-from shoal.cluster.gateway.auth import Auth
+from shoal.cluster.gateway.auth import start_auth
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
-from shoal.cluster.gateway.key_ring import KeyRing
-from shoal.cluster.gateway.limits import Limits
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.logs import adopt_serve_handlers
@@ -49,7 +46,8 @@ class Gateway:
         self._http_metrics = HttpMetrics()
         self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), self._take_peer_message)
         self._mirror = Mirror(self._inbox.address, self._pass_mirror_period)
-        self._auth = self._with_keys(auth or AuthSettings())
+        keys_file = auth.keys_file if auth is not None else None
+        self._auth = start_auth(keys_file, self._inbox.address, self._mirror.tell) if keys_file is not None else None
         self._inbox.start()
         self._mirror.start()
         self._backends = {
@@ -60,18 +58,6 @@ class Gateway:
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
         self._admissions = {model.name: self._admission(model) for model in models}
-
-    def _with_keys(self, auth: AuthSettings) -> Auth | None:
-        if auth.keys_file is None:
-            return None
-        ring = KeyRing(auth.keys_file)
-        ring.start()
-        # The address alone may come again after a restart, and its sums begin anew.
-        name = f"{self._inbox.address}/{uuid.uuid4().hex}"
-        limits = Limits(
-            name, lambda key: e.limits if (e := ring.entry(key)) is not None else None, tell=self._mirror.tell
-        )
-        return Auth(ring, limits)
 
     def _take_peer_message(self, message: PeerMessage) -> None:
         if not isinstance(message, Spent):

@@ -14,13 +14,16 @@ import httpx
 import pytest
 
 from shoal.cluster.gateway.admission import RefusedError
-from shoal.cluster.gateway.auth import Auth
+from shoal.cluster.gateway.auth import Auth, start_auth
 from shoal.cluster.gateway.backend import ReplicaUnavailableError
+from shoal.cluster.gateway.errors import ApiError
+from shoal.cluster.gateway.inbox import StepInbox
 from shoal.cluster.gateway.key_ring import KeyRing
 from shoal.cluster.gateway.limits import Limits
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.keys import KEY_PREFIX, NewKey, hash_key, new_key
 from shoal.cluster.metrics import Point
+from shoal.cluster.routing.mirror import Mirror
 
 MODEL = "smollm2"
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -81,7 +84,7 @@ def gate(tmp_path: Path, served: Any) -> Gate:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
+    for _ in range(5000):
         if condition():
             return
         await asyncio.sleep(0.001)
@@ -374,3 +377,42 @@ async def test_pages_of_other_sites_may_ask_only_where_the_configuration_says_so
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
         other = await client.options("/v1/completions", headers=preflight | {"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+async def test_gateways_count_together_over_their_sockets(tmp_path: Path) -> None:
+    """As the deployment puts them together: inbox, mirror and keys of two gateways."""
+    made = new_key("acme", limits={"requests_per_minute": 3, "max_concurrent_requests": 2})
+    (tmp_path / "keys.yaml").write_text("keys:\n" + made.yaml)
+    heard: list[list[Any]] = [[], []]
+    inboxes = [StepInbox("127.0.0.1", heard[0].append), StepInbox("127.0.0.1", heard[1].append)]
+    mirrors = [Mirror(inbox.address) for inbox in inboxes]
+    gateways = [
+        start_auth(str(tmp_path / "keys.yaml"), i.address, m.tell) for i, m in zip(inboxes, mirrors, strict=True)
+    ]
+    try:
+        for inbox, mirror in zip(inboxes, mirrors, strict=True):
+            inbox.start()
+            mirror.start()
+            mirror.meet([other.address for other in inboxes])
+        one, two = gateways
+        one.enter(made.entry)
+        one.enter(made.entry)
+        await until(lambda: len(heard[1]) == 2)
+        for message in heard[1]:
+            two.limits.take(message)
+        with pytest.raises(ApiError, match="2 requests at once"):
+            two.enter(made.entry)
+        one.limits.leave(made.entry.id)
+        await until(lambda: len(heard[1]) == 3)
+        two.limits.take(heard[1][-1])
+        two.enter(made.entry)
+        await until(lambda: len(heard[0]) == 1)
+        one.limits.take(heard[0][-1])
+        two.limits.leave(made.entry.id)
+        await until(lambda: len(heard[0]) == 2)
+        one.limits.take(heard[0][-1])
+        with pytest.raises(ApiError, match="3 requests a minute"):
+            one.enter(made.entry)
+    finally:
+        for part in (*gateways, *mirrors, *inboxes):
+            part.close()
