@@ -83,6 +83,7 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
         admin=_admin(config),
         logs=config.logging,
         tracing=config.tracing,
+        auth=config.auth,
     )
 
 

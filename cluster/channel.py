@@ -9,7 +9,8 @@ The answer to the Serve request says how many tokens each sample got, so a lost 
 the replica names the calls that it still holds, so a gateway knows a replica that it cannot hear any more.
 
 Replicas publish what they have to do (`LoadReport`) and name the gateways that call them. Gateways tell each other
-where they send requests (`Reserved`, `Held`, `Settled`), to the same sockets that the tokens come to.
+where they send requests (`Reserved`, `Held`, `Settled`) and what API keys have spent (`Spent`), to the same sockets
+that the tokens come to.
 """
 
 from __future__ import annotations
@@ -178,7 +179,36 @@ class Settled(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
-PeerMessage: TypeAlias = Reserved | Held | Settled
+class Spending(msgspec.Struct, frozen=True, array_like=True):
+    """What a gateway let one key spend of one limit.
+
+    total: since the gateway started. own: of that, what has not come back by time yet. used: the same of all gateways,
+    as far as this one knows.
+    """
+
+    total: float
+    own: float
+    used: float
+
+
+class KeySpending(msgspec.Struct, frozen=True, array_like=True):
+    """What a gateway let one key spend. num_open: its requests that are being answered there."""
+
+    key: str  # the id of the key
+    num_open: int
+    requests: Spending
+    tokens: Spending
+
+
+class Spent(msgspec.Struct, frozen=True, tag=True):
+    """What `gateway`, one process in its life, let keys spend. A higher `number` says it later."""
+
+    gateway: str
+    number: int
+    keys: tuple[KeySpending, ...]
+
+
+PeerMessage: TypeAlias = Reserved | Held | Settled | Spent
 
 _encoder = msgspec.msgpack.Encoder()
 _gateway_decoder: msgspec.msgpack.Decoder[list[RequestOutput | RequestId] | PeerMessage] = msgspec.msgpack.Decoder(

@@ -111,6 +111,16 @@ A configuration's first model is measured, as one of its replicas runs here, wit
 """
 
 
+_KEYS_EXAMPLES = """examples:
+  shoal keys new --tenant acme                 a key, and the entry with its hash for the keys file
+  shoal keys new --tenant acme --models smollm2 --rpm 600 --tpm 100000 --concurrent 32 --append keys.yaml
+  shoal keys check keys.yaml
+
+A configuration names the file: auth: {keys_file: keys.yaml}. The key itself is printed once and kept nowhere.
+Clients send it as `Authorization: Bearer KEY`; shoal's own commands take it from SHOAL_API_KEY.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; answers the exit code (0 done, 1 failed, 2 bad input)."""
     args = build_parser().parse_args(argv)
@@ -140,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_why(commands)
     _add_bench(commands)
     _add_simulate(commands)
+    _add_keys(commands)
     return parser
 
 
@@ -280,6 +291,26 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument("--json", action="store_true", help="for programs")
 
 
+def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    keys = _add_command(commands, "keys", "make API keys, and check the file of their hashes", _KEYS_EXAMPLES)
+    actions = keys.add_subparsers(title="actions", metavar="ACTION", required=True)
+    new = _add_command(actions, "new", "make a key and print it, once", _KEYS_EXAMPLES)
+    new.set_defaults(run=_keys_new)
+    new.add_argument("--tenant", required=True, metavar="NAME", help="whom its requests count for")
+    new.add_argument("--id", metavar="NAME", help="what the file and the logs call it (default: made of the tenant)")
+    new.add_argument("--models", metavar="A,B,...", help="the models that it may ask (default: all)")
+    new.add_argument("--rpm", type=int, metavar="N", help="requests a minute (default: no limit, as all of these)")
+    new.add_argument("--tpm", type=int, metavar="N", help="tokens a minute, of prompts and answers")
+    new.add_argument("--concurrent", type=int, metavar="N", help="requests at once")
+    new.add_argument("--max-tokens", type=int, metavar="N", help="tokens of one request, of prompt and answer")
+    new.add_argument("--expires", metavar="WHEN", help="a day or time such as 2027-06-30")
+    new.add_argument("--shared-cache", action="store_true", help="share cached prefixes with other such keys")
+    new.add_argument("--append", metavar="FILE.yaml", help="add its entry to this file")
+    check = _add_command(actions, "check", "say what a keys file holds, or what is wrong with it", _KEYS_EXAMPLES)
+    check.set_defaults(run=_keys_check)
+    check.add_argument("file", metavar="FILE.yaml")
+
+
 def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -398,6 +429,33 @@ def _simulate(args: argparse.Namespace) -> int:
         plot=args.plot,
         is_json=args.json,
     )
+
+
+def _keys_new(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.keys import show_new_key
+    from shoal.cluster.keys import new_key
+
+    limits = {
+        "requests_per_minute": args.rpm,
+        "tokens_per_minute": args.tpm,
+        "max_concurrent_requests": args.concurrent,
+        "max_tokens_per_request": args.max_tokens,
+    }
+    made = new_key(
+        args.tenant,
+        id=args.id,
+        models=args.models.split(",") if args.models is not None else None,
+        limits=limits,
+        expires=args.expires,
+        shared_cache=args.shared_cache,
+    )
+    return show_new_key(made, append=args.append)
+
+
+def _keys_check(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.keys import check_keys
+
+    return check_keys(args.file)
 
 
 if __name__ == "__main__":

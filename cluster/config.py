@@ -192,7 +192,8 @@ class FairnessSettings(Settings):
     """How tenants share a model: who waits too long goes into a line in the gateway, and who had least goes first.
 
     window_ms: predicted wait at the best replica above which requests are held in the gateway.
-    weights: of tenants by the name in x-gateway-inference-fairness-id; 1 for the others.
+    weights: of tenants by name, 1 for the others. The name is that of the API key, or in
+    x-gateway-inference-fairness-id where there are no keys.
     """
 
     window_ms: float = Field(default=500.0, ge=0, allow_inf_nan=False)
@@ -335,11 +336,19 @@ class ModelSettings(Settings):
 
 
 class HttpSettings(Settings):
-    """Where clients connect. The default host is reachable from this machine only."""
+    """Where clients connect, and what is taken from them. The default host is reachable from this machine only.
+
+    Timeouts are in seconds.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     max_body_bytes: Bytes = Field(default=32 * 2**20, ge=1024)
+    header_timeout: float = Field(default=10.0, ge=1, le=3600, description="for all headers; of HAProxy only")
+    body_timeout: float = Field(
+        default=30.0, gt=0, allow_inf_nan=False, description="for the body, and one more for each 64 KiB that came"
+    )
+    cors_origins: tuple[str, ...] = Field(default=(), description='sites whose pages may ask, or "*"')
 
 
 class AdminSettings(Settings):
@@ -474,7 +483,10 @@ def parse_config(data: object, *, source: str = "config", folder: Path | None = 
     if folder is None:
         return config
     models = tuple(_in_folder(m, folder) for m in config.models)
-    return config.model_copy(update={"models": models})
+    auth = config.auth
+    if auth.keys_file is not None:
+        auth = AuthSettings(keys_file=str(folder / Path(auth.keys_file).expanduser()))
+    return config.model_copy(update={"models": models, "auth": auth})
 
 
 def override(config: ClusterConfig, values: Mapping[str, object]) -> ClusterConfig:

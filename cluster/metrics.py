@@ -140,6 +140,19 @@ GROUP_RESTARTS = Metric(
 )  # fmt: skip
 TRACES = Metric("shoal:traces", "counter", "Timelines for the trace collector.", ("result",))
 
+# Of a gateway's API keys. Tenants are those of the keys file.
+AUTH_REFUSALS = Metric(
+    "shoal:auth_refusals", "counter", "Requests refused for their API key or its limits.", ("reason",)
+)
+AUTH_KEYS = Metric("shoal:auth_keys", "gauge", "API keys in use, of the last keys file that was right.")
+AUTH_RELOAD_FAILED = Metric("shoal:auth_keys_file_broken", "gauge", "1 while the keys file cannot be used as it is.")
+TENANT_REQUESTS = Metric("shoal:tenant_requests", "counter", "Requests let in for a tenant.", ("tenant",))
+TENANT_TOKENS = Metric(
+    "shoal:tenant_tokens", "counter",
+    "Tokens of a tenant: prompt, cached (of the prompt, not computed again) and generated.",
+    ("tenant", "model_name", "kind"),
+)  # fmt: skip
+
 # Of a gateway's routing. A decision is for the replica with the longest cached prefix, for another one though some had
 # a longer, or new where nobody had any.
 ROUTING_DECISIONS = Metric("shoal:routing_decisions", "counter", "Calls routed.", ("model_name", "reason"))
@@ -168,13 +181,14 @@ REPLICA_METRICS = (
     PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED, REQUEST_PREEMPTIONS, WAITING_BY_REASON,
     HELD_SECONDS, COST,
 )  # fmt: skip
+AUTH_METRICS = (AUTH_REFUSALS, AUTH_KEYS, AUTH_RELOAD_FAILED, TENANT_REQUESTS, TENANT_TOKENS)  # where there are keys
 GATEWAY_METRICS = (
     HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
     ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
     GATEWAY_TOKENS, GROUP_RESTARTS, TRACES,
 )  # fmt: skip
 CLUSTER_METRICS = (REPLICAS, GATEWAYS, GATEWAYS_SILENT)
-METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS + CLUSTER_METRICS}
+METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS + AUTH_METRICS + CLUSTER_METRICS}
 
 
 @dataclass(frozen=True, slots=True)

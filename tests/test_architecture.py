@@ -42,6 +42,7 @@ ENGINE_FACE = FACTS | {
 SHARED = {
     "cluster.channel",
     "cluster.config",
+    "cluster.keys",
     "cluster.kv_events",
     "cluster.logs",
     "cluster.metrics",
@@ -117,6 +118,7 @@ LAYERS: Mapping[str, set[str]] = {
     "cluster.config": ENGINE_FACE,
     "cluster.channel": ENGINE_FACE,
     "cluster.metrics": ENGINE_FACE,
+    "cluster.keys": {"engine.config", "cluster.config"},
     "cluster.kv_events": set(),
     "cluster.logs": set(),
     "cluster.progress": {"cluster.channel"},
@@ -134,7 +136,7 @@ LAYERS: Mapping[str, set[str]] = {
     "cluster.commands": ENGINE_FACE
     | SHARED
     | {"cluster.app", "cluster.autoscaling", "cluster.routing", "cluster.simulation"},
-    "cluster.cli": ENGINE_FACE | {"cluster.commands", "cluster.config"},
+    "cluster.cli": ENGINE_FACE | {"cluster.commands", "cluster.config", "cluster.keys"},
     "cluster": set(),
 }
 # (module, module it imports): why the rule does not hold there.
@@ -169,6 +171,7 @@ LEFT_OUT = (
     ("shoal.engine.group.coordinator shoal.engine.group.processes", "torch numpy transformers ray"),
     ("shoal.engine.llm", "ray fastapi pydantic"),
     ("shoal.cluster.cli", "ray torch transformers"),
+    ("shoal.cluster.commands.keys", "ray torch fastapi"),
     ("shoal.cluster.commands.simulate", "ray torch transformers fastapi matplotlib"),
 )
 

@@ -10,6 +10,7 @@ import shoal.engine
 from shoal.cluster.cli import build_parser
 from shoal.cluster.config import (
     AdminSettings,
+    AuthSettings,
     AutoscalingSettings,
     ClusterConfig,
     EngineSettings,
@@ -23,6 +24,7 @@ from shoal.cluster.config import (
     SpeculativeSettings,
 )
 from shoal.cluster.gateway.routes import build_app
+from shoal.cluster.keys import KeyEntry, KeyLimits
 from shoal.engine import LLM, SamplingParams
 from shoal.engine.config import EngineOptions, SpeculativeOptions
 from shoal.engine.llm import Completion, GenerationResult
@@ -100,13 +102,21 @@ def test_sampling_params_and_their_defaults() -> None:
     }
 
 
-def test_commands_and_their_options() -> None:
-    actions = build_parser()._actions
-    (commands,) = (action for action in actions if isinstance(action, argparse._SubParsersAction))
-    options = {
-        name: [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        for name, parser in commands.choices.items()
+def options_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Of each of its commands."""
+    return {
+        name: [option for action in each._actions for option in action.option_strings if option.startswith("--")]
+        for name, each in commands_of(parser).items()
     }
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def test_commands_and_their_options() -> None:
+    options = options_of(build_parser())
     assert options == {
         "serve": [
             "--help", "--host", "--port", "--admin-host", "--admin-port", "--model-name", "--replicas", "--routing",
@@ -125,6 +135,15 @@ def test_commands_and_their_options() -> None:
             "--tpot-ms", "--admission", "--autoscaling", "--min-replicas", "--max-replicas", "--seed", "--plot",
             "--json",
         ],
+        "keys": ["--help"],
+    }  # fmt: skip
+    options = options_of(commands_of(build_parser())["keys"])
+    assert options == {
+        "new": [
+            "--help", "--tenant", "--id", "--models", "--rpm", "--tpm", "--concurrent", "--max-tokens", "--expires",
+            "--shared-cache", "--append",
+        ],
+        "check": ["--help"],
     }  # fmt: skip
 
 
@@ -154,8 +173,17 @@ def test_keys_of_a_configuration_file() -> None:
     }  # fmt: skip
     assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
-    assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
     assert set(AdminSettings.model_fields) == {"host", "port", "hosts"}
+    assert set(HttpSettings.model_fields) == {
+        "host", "port", "max_body_bytes", "header_timeout", "body_timeout", "cors_origins",
+    }  # fmt: skip
+    assert set(AuthSettings.model_fields) == {"keys_file"}
+    assert set(KeyEntry.model_fields) == {
+        "id", "tenant", "sha256", "models", "limits", "expires", "revoked", "shared_cache",
+    }  # fmt: skip
+    assert set(KeyLimits.model_fields) == {
+        "requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "max_tokens_per_request",
+    }  # fmt: skip
     assert set(RaySettings.model_fields) == {"address"}
 
 
@@ -175,4 +203,5 @@ def test_http_routes() -> None:
         ("GET", "/health"),
         ("GET", "/ping"),
         ("GET", "/version"),
+        ("GET", "/openapi.json"),
     }

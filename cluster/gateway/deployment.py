@@ -14,9 +14,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.channel import GatewayFacts, ModelStatus
-from shoal.cluster.config import HttpSettings, LogSettings, ModelSettings, TracingSettings, locate_model
+from shoal.cluster.channel import GatewayFacts, ModelStatus, PeerMessage, Spent
+from shoal.cluster.config import (
+    AuthSettings,
+    HttpSettings,
+    LogSettings,
+    ModelSettings,
+    TracingSettings,
+    locate_model,
+)
 from shoal.cluster.gateway.admission import Admission, Objectives
+from shoal.cluster.gateway.auth import start_auth
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
 from shoal.cluster.gateway.recording import Recorder
@@ -43,9 +51,10 @@ class Gateway:
         admin: DeploymentHandle[object],
         logs: LogSettings,
         tracing: TracingSettings,
+        auth: AuthSettings,
     ) -> None:
         """`own_ip`: where this gateway receives tokens; None is its node's address. `admin` is not asked for anything:
-        naming it here makes it part of the application.
+        naming it here makes it part of the application. Raises ConfigError for a keys file that is not here or wrong.
         """
         log_to_serve(logs.format, logs.level)
         self._label = str(serve.get_replica_context().rank.rank)
@@ -56,9 +65,11 @@ class Gateway:
         )
         self._http = http
         self._http_metrics = HttpMetrics()
-        self._inbox = StepInbox(own_ip or self._node, take_peer_message)
+        self._inbox = StepInbox(own_ip or self._node, self._take_peer_message)
+        self._mirror = Mirror(self._inbox.address, self._pass_mirror_period)
+        keys_file = auth.keys_file
+        self._auth = start_auth(keys_file, self._inbox.address, self._mirror.tell) if keys_file is not None else None
         self._inbox.start()
-        self._mirror = Mirror(self._inbox.address, expire_mirrored)
         self._mirror.start()
         self._backends = {
             model.name: ReplicaBackend(model.name, handle, self._inbox, self._routing(model, handle))
@@ -68,6 +79,17 @@ class Gateway:
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
         self._admissions = {model.name: self._admission(model) for model in models}
+
+    def _take_peer_message(self, message: PeerMessage) -> None:
+        if not isinstance(message, Spent):
+            take_peer_message(message)
+        elif self._auth is not None:
+            self._auth.limits.take(message)
+
+    def _pass_mirror_period(self) -> None:
+        expire_mirrored()
+        if self._auth is not None:
+            self._auth.limits.beat()
 
     def _routing(self, model: ModelSettings, handle: DeploymentHandle[object]) -> ModelRouting:
         routing = routing_of(handle.app_name, handle.deployment_name, model.routing.policy, dict(model.routing.options))
@@ -103,6 +125,9 @@ class Gateway:
             admissions=self._admissions,
             max_body_bytes=self._http.max_body_bytes,
             recorder=self._recorder,
+            body_timeout_s=self._http.body_timeout,
+            cors_origins=self._http.cors_origins,
+            auth=self._auth,
         )
         return CountedApp(app, self._http_metrics)
 
@@ -116,7 +141,8 @@ class Gateway:
         routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
         admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
         exported = self._export.snapshot() if self._export is not None else ()
-        return self._label, (*self._http_metrics.snapshot(), *routing, *admitting, *exported)
+        keys = self._auth.snapshot() if self._auth is not None else ()
+        return self._label, (*self._http_metrics.snapshot(), *routing, *admitting, *exported, *keys)
 
     async def replica_metrics(self) -> dict[str, dict[str, Snapshot]]:
         """Measurements of the replicas that answer, by model and `engine` label."""

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 
 from shoal.cluster.gateway.admission import Admission, Visit
 from shoal.cluster.gateway.answer_headers import answer_headers
+from shoal.cluster.gateway.auth import Auth, AuthMiddleware, Grant
 from shoal.cluster.gateway.backend import GenerateCall, ServedModel
 from shoal.cluster.gateway.calls import chat_call, completion_calls, run_by_size
 from shoal.cluster.gateway.errors import ApiError, from_validation, install_error_handlers, to_api_error
-from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
+from shoal.cluster.gateway.front import CLIENT_CLOSED_REQUEST, FrontMiddleware, read_body
 from shoal.cluster.gateway.generation import Generation, collect
+from shoal.cluster.gateway.openapi import description
 from shoal.cluster.gateway.recording import Recorder, RecordingMiddleware
 from shoal.cluster.gateway.responses import (
     Completion,
@@ -44,11 +48,14 @@ from shoal.cluster.gateway.timeline import Recording, server_timing, timing_of
 from shoal.engine.request import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
+BODY_TIMEOUT_S = 30.0
 _INLINE_BODY_BYTES = 2**18  # larger bodies are parsed in a thread
+# Each field that is unknown would take half a kilobyte to refuse. A quote within a text has a backslash before it.
+_MAX_FIELDS = 200_000
+_FIELD = re.compile(rb'(?<!\\)"[ \t\r\n]*:')
 SESSION_HEADER = "x-session-id"
 TIMELINE_HEADER = "x-shoal-timeline"  # "1": the answer tells where its time went
 _MAX_SESSION = 256
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code for an answer that nobody reads
 
 _Body = TypeVar("_Body", bound=BaseModel)
 
@@ -58,15 +65,18 @@ def build_app(
     *,
     admissions: Mapping[str, Admission] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+    cors_origins: Sequence[str] = (),
+    auth: Auth | None = None,
     recorder: Recorder | None = None,
 ) -> FastAPI:
     """The gateway over `models` by name.
 
-    `admissions`: who gets in, for models whose objectives and weights are not the defaults.
-    `recorder` keeps the timelines.
+    `admissions`: who gets in, for models whose objectives and weights are not the defaults. `auth`: who may ask at all;
+    None is anybody. `cors_origins`: sites whose pages may ask, "*" for all. `recorder` keeps the timelines.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
-    gateway = _Gateway(models, admissions or {}, max_body_bytes)
+    gateway = _Gateway(models, admissions or {}, max_body_bytes, body_timeout_s, has_keys=auth is not None)
     routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
         ("GET", "/v1/models", gateway.list_models),
         ("GET", "/v1/models/{name:path}", gateway.show_model),
@@ -77,9 +87,20 @@ def build_app(
         ("GET", "/health", gateway.health),
         ("GET", "/ping", gateway.health),
         ("GET", "/version", gateway.version),
+        ("GET", "/openapi.json", gateway.describe),
     )
     for method, path, endpoint in routes:
         app.add_route(path, endpoint, methods=[method])
+    app.add_middleware(AuthMiddleware, auth=auth)  # the last one that is added stands in front
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(FrontMiddleware)
     app.add_middleware(RecordingMiddleware, recorder=recorder or Recorder())
     install_error_handlers(app)
     return app
@@ -91,17 +112,22 @@ class _Gateway:
         models: Mapping[str, ServedModel],
         admissions: Mapping[str, Admission],
         max_body_bytes: int,
+        body_timeout_s: float,
+        *,
+        has_keys: bool,
     ) -> None:
         self._models = dict(models)
         self._admissions = {
             name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
         }
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._description = encode(description(_own_version(), has_keys=has_keys))
 
     async def chat(self, http: Request) -> Response:
         arrival = _arrival(http)
         body = await self._read(http, ChatCompletionRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         format = ChatFormat(model.tokenizer, has_logprobs=bool(body.logprobs))
         answer_id = f"{format.id_prefix}{uuid.uuid4().hex}"
         call = await chat_call(body, model, answer_id, session=arrival.session)
@@ -110,7 +136,7 @@ class _Gateway:
     async def complete(self, http: Request) -> Response:
         arrival = _arrival(http)
         body = await self._read(http, CompletionRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         format = CompletionFormat(
             model.tokenizer,
             num_logprobs=body.logprobs,
@@ -123,7 +149,7 @@ class _Gateway:
 
     async def tokenize(self, http: Request) -> Response:
         body = await self._read(http, TokenizeRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         tokenizer = model.tokenizer
         if body.messages is not None:
             messages = [message.template_message() for message in body.messages]
@@ -154,7 +180,7 @@ class _Gateway:
 
     async def detokenize(self, http: Request) -> Response:
         body = await self._read(http, DetokenizeRequest)
-        model = self._model(body.model)
+        model = self._model(body.model, http)
         for index, token in enumerate(body.tokens):
             if token >= model.vocab_size:
                 raise ApiError(
@@ -168,10 +194,10 @@ class _Gateway:
         return _json(DetokenizeResponse(text))
 
     async def list_models(self, http: Request) -> Response:
-        return _json(ModelList([_card(model) for model in self._models.values()]))
+        return _json(ModelList([_card(model) for model in self._allowed(http)]))
 
     async def show_model(self, http: Request) -> Response:
-        return _json(_card(self._model(http.path_params["name"])))
+        return _json(_card(self._model(http.path_params["name"], http)))
 
     async def health(self, http: Request) -> Response:
         await asyncio.gather(*(model.backend.check_health() for model in self._models.values()))
@@ -179,6 +205,9 @@ class _Gateway:
 
     async def version(self, http: Request) -> Response:
         return _json(VersionResponse(_own_version()))
+
+    async def describe(self, http: Request) -> Response:
+        return Response(self._description, media_type="application/json")
 
     async def _answer(
         self,
@@ -192,14 +221,16 @@ class _Gateway:
         created = int(time.time())
         admission = self._admissions[model.name]
         objectives = admission.objectives.overridden(arrival.http.headers)
-        recording = arrival.recording
+        recording, grant = arrival.recording, arrival.grant
         traceparent = recording.trace.traceparent if recording.trace is not None else ""
-        calls = [replace(call, http_request_id=recording.request_id, traceparent=traceparent) for call in calls]
-        visits = [Visit(call, arrival.tenant, objectives, arrival.seconds) for call in calls]
+        bound = grant.bound(calls, has_own_limit=body.tokens_wanted[1] is not None)
+        calls = [replace(call, http_request_id=recording.request_id, traceparent=traceparent) for call in bound]
+        visits = [Visit(call, grant.tenant, objectives, arrival.seconds) for call in calls]
         recording.tokenized_s = time.monotonic()
         recording.answer_id, recording.model, recording.is_stream = answer_id, model.name, bool(body.stream)
         recording.visits = visits
-        generation = Generation(model, calls, [admission.run(visit) for visit in visits])
+        steps = [grant.metered(admission.run(visit), visit.call, model.name) for visit in visits]
+        generation = Generation(model, calls, steps)
         if body.stream:
             writer = ChunkWriter(
                 id=answer_id,
@@ -213,7 +244,7 @@ class _Gateway:
         try:
             wholes = await until_disconnect(arrival.http.receive, collect(generation))
         except ClientGoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         choices: Any = [format.choice(whole) for whole in wholes]
         whole_answer = Completion(answer_id, format.object, created, model.name, choices, generation.usage())
         headers = answer_headers(visits)
@@ -221,22 +252,28 @@ class _Gateway:
             headers["server-timing"] = server_timing(visits)
         return _json(whole_answer, headers)
 
-    def _model(self, name: str | None) -> ServedModel:
+    def _allowed(self, http: Request) -> list[ServedModel]:
+        grant = _grant(http)
+        return [model for name, model in self._models.items() if grant.may_ask(name)]
+
+    def _model(self, name: str | None, http: Request) -> ServedModel:
         """The model of that name; the first one for None, which only vLLM's own routes allow."""
         if name is None:
-            return next(iter(self._models.values()))
+            name = next((model.name for model in self._allowed(http)), next(iter(self._models)))
         if name not in self._models:
+            names = ", ".join(model.name for model in self._allowed(http))
             raise ApiError(
                 404,
-                f"the model '{name[:200]}' does not exist; this server has: {', '.join(self._models)}",
+                f"the model '{name[:200]}' does not exist; this server has: {names}",
                 param="model",
                 code="model_not_found",
             )
+        _grant(http).check_model(name)
         return self._models[name]
 
     async def _read(self, http: Request, kind: type[_Body]) -> _Body:
         """The body of a request, checked."""
-        data = await self._read_bytes(http)
+        data = await read_body(http, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
         if (recording := getattr(http.state, "recording", None)) is not None:
             recording.read_s = time.monotonic()
         try:
@@ -244,32 +281,13 @@ class _Gateway:
         except ValidationError as error:
             raise from_validation(error, kind) from None
 
-    async def _read_bytes(self, http: Request) -> bytes:
-        too_large = ApiError(
-            413,
-            f"the body is larger than {self._max_body_bytes} bytes, the limit of this server",
-            code="body_too_large",
-        )
-        declared = http.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
-            raise too_large
-        data = bytearray()
-        try:
-            async for part in http.stream():
-                data += part
-                if len(data) > self._max_body_bytes:
-                    raise too_large
-        except ClientDisconnect:
-            raise ApiError(_CLIENT_CLOSED_REQUEST, "the client closed the connection") from None
-        return bytes(data)
-
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """An HTTP request for tokens: whose it is, what it belongs to, and when it came (time.monotonic())."""
+    """An HTTP request for tokens: what it may do, what it belongs to, and when it came (time.monotonic())."""
 
     http: Request
-    tenant: str
+    grant: Grant
     session: str
     seconds: float
     recording: Recording
@@ -282,16 +300,29 @@ def _arrival(http: Request) -> _Arrival:
     if len(session) > _MAX_SESSION:
         raise RequestError(f"{SESSION_HEADER} is longer than {_MAX_SESSION} characters", param=SESSION_HEADER)
     recording: Recording = http.state.recording
-    recording.tenant = tenant_of(http.headers)
+    grant = _grant(http)
+    recording.tenant = grant.tenant
     recording.taken_up_s = time.monotonic()
     wants_timeline = http.headers.get(TIMELINE_HEADER) == "1"
-    return _Arrival(http, recording.tenant, session, recording.taken_up_s, recording, wants_timeline)
+    return _Arrival(http, grant, session, recording.taken_up_s, recording, wants_timeline)
+
+
+def _grant(http: Request) -> Grant:
+    """What the request may do, as AuthMiddleware says."""
+    grant: Grant = http.state.grant
+    return grant
 
 
 async def _validate(data: bytes, kind: type[_Body]) -> _Body:
     if len(data) <= _INLINE_BODY_BYTES:
         return kind.model_validate_json(data)
-    return await asyncio.to_thread(kind.model_validate_json, data)
+    return await asyncio.to_thread(_validate_large, data, kind)
+
+
+def _validate_large(data: bytes, kind: type[_Body]) -> _Body:
+    if next(islice(_FIELD.finditer(data), _MAX_FIELDS, None), None) is not None:
+        raise ApiError(400, f"the body has more than {_MAX_FIELDS} fields, in all its objects")
+    return kind.model_validate_json(data)
 
 
 async def _events(

@@ -7,7 +7,16 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from shoal.engine.request import RequestError, SamplingParams
 
@@ -36,9 +45,19 @@ def _refuse_unless(*neutral: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-_Unsupported = Annotated[Any, _refuse_unless()]
-_Off = Annotated[Any, _refuse_unless(False)]
-_Empty = Annotated[Any, _refuse_unless([])]
+_Unsupported = Annotated[Any, _refuse_unless(), SkipJsonSchema()]
+_Off = Annotated[Any, _refuse_unless(False), SkipJsonSchema()]
+_Empty = Annotated[Any, _refuse_unless([]), SkipJsonSchema()]
+
+
+def _shown_as(*kinds: Mapping[str, Any]) -> WithJsonSchema:
+    """Any of these JSON schemas, in the description of the API; null stands for the default."""
+    return WithJsonSchema({"anyOf": [*kinds, {"type": "null"}]})
+
+
+_TEXT: Mapping[str, Any] = {"type": "string"}
+_TEXTS: Mapping[str, Any] = {"type": "array", "items": {"type": "string"}}
+_TOKENS: Mapping[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
 
 class _Body(BaseModel):
@@ -98,11 +117,21 @@ class _Generation(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_check_logit_bias)] = Field(default_factory=dict)
+    logit_bias: Annotated[
+        dict[int, float],
+        BeforeValidator(_check_logit_bias),
+        _shown_as(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            }
+        ),
+    ] = Field(default_factory=dict)
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop)] = ()
-    stop_token_ids: list[_Count] | None = None
-    bad_words: list[str] | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop), _shown_as(_TEXT, _TEXTS)] = ()
+    stop_token_ids: Annotated[list[_Count], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: _Positive | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
@@ -134,8 +163,8 @@ class _Generation(_Body):
     guided_choice: _Unsupported = None
     guided_grammar: _Unsupported = None
     structured_outputs: _Unsupported = None
-    response_format: Annotated[Any, _refuse_unless({"type": "text"})] = None
-    spaces_between_special_tokens: Annotated[Any, _refuse_unless(True)] = None
+    response_format: Annotated[Any, _refuse_unless({"type": "text"}), SkipJsonSchema()] = None
+    spaces_between_special_tokens: Annotated[Any, _refuse_unless(True), SkipJsonSchema()] = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -219,9 +248,19 @@ def _check_content(value: Any) -> Any:
     return "\n".join(texts)
 
 
+_TEXT_PARTS: Mapping[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+        "required": ["text"],
+    },
+}
+
+
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_check_content)] = None
+    content: Annotated[str | None, BeforeValidator(_check_content), _shown_as(_TEXT, _TEXT_PARTS)] = None
     name: str | None = None
     reasoning_content: str | None = None
 
@@ -262,7 +301,7 @@ def _check_template_kwargs(value: Any) -> Any:
 class _ChatPrompt(BaseModel):
     """Fields from which a chat's prompt is made."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_check_template_kwargs)] = None
 
@@ -277,7 +316,7 @@ class ChatCompletionRequest(_ChatPrompt, _Generation):
     max_completion_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: _Count | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
 
     include_reasoning: Any = None
@@ -285,8 +324,8 @@ class ChatCompletionRequest(_ChatPrompt, _Generation):
     echo: _Off = None
     audio: _Unsupported = None
     functions: _Empty = None
-    function_call: Annotated[Any, _refuse_unless("none")] = None
-    modalities: Annotated[Any, _refuse_unless(["text"])] = None
+    function_call: Annotated[Any, _refuse_unless("none"), SkipJsonSchema()] = None
+    modalities: Annotated[Any, _refuse_unless(["text"]), SkipJsonSchema()] = None
     prediction: _Unsupported = None
     reasoning_effort: _Unsupported = None
     verbosity: _Unsupported = None
@@ -337,12 +376,16 @@ def _are_ids(value: list[Any]) -> bool:
 class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    prompt: Annotated[
+        Any,
+        BeforeValidator(_check_prompt),
+        WithJsonSchema({"anyOf": [_TEXT, _TEXTS, _TOKENS, {"type": "array", "items": _TOKENS}]}),
+    ]
     echo: bool | None = None
     logprobs: _Count | None = None
     add_special_tokens: bool | None = None
 
-    suffix: Annotated[Any, _refuse_unless("")] = None
+    suffix: Annotated[Any, _refuse_unless(""), SkipJsonSchema()] = None
     prompt_embeds: _Unsupported = None
 
     @model_validator(mode="after")
@@ -366,7 +409,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -383,4 +426,4 @@ class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[_Count]
+    tokens: Annotated[list[_Count], Field(fail_fast=True)]

