@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from logging.handlers import MemoryHandler
 from typing import Any, Final, Literal, TextIO
 
 import msgspec
@@ -88,6 +89,8 @@ def log_to_serve(format: LogFormat, level: str, *, replica: str = "", node: str 
     ours = logging.getLogger("shoal")
     ours.setLevel(level)
     for handler in logging.getLogger("ray.serve").handlers:
+        if isinstance(handler, MemoryHandler):
+            handler.capacity = 1  # with RAY_SERVE_THROUGHPUT_OPTIMIZED, Serve holds lines back until there are 1,000
         if format == "json" and not any(isinstance(one, ContextFilter) for one in handler.filters):
             handler.addFilter(ContextFilter(replica=replica, node=node))
         if handler not in ours.handlers:
