@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, get_args
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -109,7 +109,7 @@ class Auth:
         self.limits = limits
         self._ring = ring
         self._clock = clock
-        self._refusals: Counter[RefusalReason] = Counter()
+        self._refusals: Counter[RefusalReason] = Counter(dict.fromkeys(get_args(RefusalReason), 0))
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[tuple[str, str, TokenKind]] = Counter()
 

@@ -149,8 +149,8 @@ def bad_requests(guarded: Guarded) -> dict[str, tuple[Callable[[], Awaitable[int
         "10,000 headers": (spoken([start + good + many_headers + b"\r\n"]), {400, 431}),
         "a long URL": (spoken([b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n"]), {400, 414}),
         "slow headers": (spoken([start, *[b"x-%d: 1\r\n" % n for n in range(400)]], 0.1), {0, 408}),
-        "slow body": (spoken([start + good + b"content-length: 500\r\n\r\n", *[b" "] * 400], 0.1), {408}),
-        "a body that stalls": (spoken([start + good + b"content-length: 500\r\n\r\n{"]), {408}),
+        "slow body": (spoken([start + good + b"content-length: 500\r\n\r\n", *[b" "] * 400], 0.1), {0, 408}),
+        "a body that stalls": (spoken([start + good + b"content-length: 500\r\n\r\n{"]), {0, 408}),
     }
 
 

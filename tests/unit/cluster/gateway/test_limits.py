@@ -103,6 +103,32 @@ def test_what_any_gateway_lets_in_counts_at_all() -> None:
         refused(lambda gateway=gateway: gateway.enter("k"))
 
 
+def test_a_message_that_comes_twice_or_late_changes_nothing() -> None:
+    cluster = Cluster(2, KeyLimits(requests_per_minute=6, max_concurrent_requests=6))
+    one, two = cluster.gateways
+    for _ in range(4):
+        one.enter("k")
+    for message in (*reversed(cluster.sent), *cluster.sent):
+        two.take(message)
+        assert two.num_open("k") == 4
+        assert two.standing("k")["requests"].remaining == 2
+
+
+def test_a_message_that_is_lost_is_made_good_by_the_next_beat() -> None:
+    cluster = Cluster(2, KeyLimits(requests_per_minute=6, max_concurrent_requests=6))
+    one, two = cluster.gateways
+    one.enter("k")
+    cluster.gateways = [one]
+    one.enter("k")
+    one.leave("k")
+    one.leave("k")
+    cluster.gateways = [one, two]
+    assert two.num_open("k") == 1
+    one.beat()
+    assert two.num_open("k") == 0
+    assert two.standing("k")["requests"].remaining == 4
+
+
 def test_the_open_requests_of_a_gateway_that_dies_end_with_its_lease() -> None:
     cluster = Cluster(2, KeyLimits(max_concurrent_requests=1))
     one, two = cluster.gateways
