@@ -48,12 +48,14 @@ def _finished(schema: Schema, texts: Mapping[str, str]) -> Schema:
     """With the configuration's keys, and closed. `texts` describe definitions."""
     own = {key: _finished(value, texts) for key, value in schema.get("properties", {}).items()}
     rest = {key: value for key, value in schema.items() if key not in ("properties", "x-config", "x-without")}
-    if "$ref" in rest:  # draft 7 sees nothing beside a reference
-        text = rest.get("description") or texts[rest["$ref"].rpartition("/")[2]]
-        return {"description": text, "allOf": [{"$ref": rest["$ref"]}]}
+    if "$ref" in rest:  # draft 7 checks nothing beside a reference; editors show what it says
+        return {"description": texts[rest["$ref"].rpartition("/")[2]], **rest}
     if "x-config" in schema:
         block = getattr(config, schema["x-config"])
         own = {**dict(_properties(block, set(schema.get("x-without", ())))), **own}
+        required = [camel(name) for name, field in block.model_fields.items() if field.is_required()]
+        if required:
+            rest["required"] = sorted({*rest.get("required", ()), *required})
     if own:
         rest["properties"] = own
         rest.setdefault("additionalProperties", False)
@@ -78,7 +80,7 @@ def _properties(block: type[BaseModel], without: set[str]) -> Iterator[tuple[str
         inner = _block_in(annotation)
         if inner is not None and get_origin(annotation) is not tuple:
             text = schema.get("description") or _summary(inner)
-            yield camel(name), {"description": text, "allOf": [{"$ref": f"#/definitions/{inner.__name__}"}]}
+            yield camel(name), {"description": text, "$ref": f"#/definitions/{inner.__name__}"}
             continue
         kept = {key: value for key, value in schema.items() if key not in ("title", "default")}
         if _is_bytes(block.model_fields[name]):
