@@ -5,7 +5,7 @@
   "RAY_SERVE_ENABLE_HA_PROXY" "1"
   "RAY_SERVE_HAPROXY_BINARY_PATH" "/opt/shoal/bin/haproxy"
   "RAY_SERVE_THROUGHPUT_OPTIMIZED" "1"
-  "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S" "10"
+  "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S" "2"
   "RAY_worker_niceness" "0"
   "RAY_health_check_initial_delay_ms" "1000"
   "RAY_health_check_period_ms" "1000"
