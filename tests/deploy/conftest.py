@@ -19,6 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "shoal"
 DATA = Path(os.environ.get("SHOAL_DATA", ROOT.parents[0] / "shared" / "data"))
+VALUES = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 HELM_TIMEOUT_S = 60
 
 Object = dict[str, Any]

@@ -19,10 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from shoal.cluster.config import NODE_CHECK_ENV, parse_config
 
-from .conftest import CHART, DATA, HELM_TIMEOUT_S, Object, Render
+from .conftest import CHART, DATA, HELM_TIMEOUT_S, VALUES, Object, Render
 
 KUBES = ("1.31", "1.32", "1.33", "1.34")
-VALUES = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 CRD = DATA / "kuberay" / "ray.io_rayservices.yaml"
 
 _NAME = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"}

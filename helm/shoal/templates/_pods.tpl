@@ -18,6 +18,7 @@
   "TRITON_CACHE_DIR" "/cache/triton"
 -}}
 {{- with .Values.hub.endpoint -}}{{- $_ := set $env "HF_ENDPOINT" . -}}{{- end -}}
+{{- if ne .Values.ray.auth.mode "token" -}}{{- $_ := set $env "RAY_AUTH_MODE" "disabled" -}}{{- end -}}
 {{- $env = merge (dict) .Values.ray.env $env -}}
 {{- range $name := keys $env | sortAlpha }}
 - {name: {{ $name }}, value: {{ get $env $name | quote }}}
