@@ -17,12 +17,14 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from shoal.cluster import config
 from shoal.cluster.config import NODE_CHECK_ENV, parse_config
 
-from .conftest import CHART, DATA, HELM_TIMEOUT_S, VALUES, Object, Render
+from .conftest import CHART, DATA, HELM_TIMEOUT_S, ROOT, VALUES, Object, Render
 
 KUBES = ("1.31", "1.32", "1.33", "1.34")
-CRD = DATA / "kuberay" / "ray.io_rayservices.yaml"
+SAMPLES = ROOT / "deploy" / "kuberay"
+CRDS = {"RayService": "ray.io_rayservices.yaml", "RayJob": "ray.io_rayjobs.yaml"}
 
 _NAME = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -100,11 +102,12 @@ SPECS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 @cache
-def _ray_service() -> jsonschema.Draft7Validator:
+def _kuberay(kind: str) -> jsonschema.Draft7Validator:
     """Of KubeRay's own schema."""
-    if not CRD.exists():
-        pytest.skip(f"needs KubeRay's CRDs: SHOAL_DATA names the folder above kuberay/{CRD.name}")
-    versions = yaml.load(CRD.read_bytes(), Loader=yaml.CSafeLoader)["spec"]["versions"]
+    path = DATA / "kuberay" / CRDS[kind]
+    if not path.exists():
+        pytest.skip(f"needs KubeRay's CRDs: SHOAL_DATA names the folder above kuberay/{path.name}")
+    versions = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)["spec"]["versions"]
     schema: dict[str, Any] = next(v for v in versions if v["name"] == "v1")["schema"]["openAPIV3Schema"]
     _close(schema)
     schema["properties"]["metadata"] = {"type": "object"}
@@ -139,8 +142,8 @@ def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
 def check(found: Object, kubes: Sequence[str] = KUBES) -> None:
     """Raises if one of those versions of Kubernetes would not take it."""
     kind = (found["apiVersion"], found["kind"])
-    if kind == ("ray.io/v1", "RayService"):
-        validator = _ray_service()
+    if found["apiVersion"] == "ray.io/v1":
+        validator = _kuberay(found["kind"])
         validator.validate(_with_defaults(found, validator.schema))
         pods = {json.dumps(template) for template in pod_templates(found)}
         objects = [{"apiVersion": "v1", "kind": "Pod", "metadata": {}, **json.loads(pod)} for pod in pods]
@@ -154,22 +157,22 @@ def check(found: Object, kubes: Sequence[str] = KUBES) -> None:
             kubernetes_validate.validate(one, kube, strict=True)
 
 
-def pod_templates(ray_service: Object) -> Iterator[Object]:
-    cluster = ray_service["spec"]["rayClusterConfig"]
-    yield cluster["headGroupSpec"]["template"]
-    yield from (group["template"] for group in cluster["workerGroupSpecs"])
+def pod_templates(ray: Object) -> Iterator[Object]:
+    """Of a RayService or RayJob."""
+    cluster = ray["spec"].get("rayClusterConfig") or ray["spec"].get("rayClusterSpec")
+    if cluster is not None:
+        yield cluster["headGroupSpec"]["template"]
+        yield from (group["template"] for group in cluster.get("workerGroupSpecs", ()))
 
 
 def test_helm_lints_strictly(helm: str) -> None:
-    def lint(job: tuple[str, str]) -> str:
-        name, kube = job
+    def lint(name: str, kube: str = f"{KUBES[0]}.0") -> str:
         command = [helm, "lint", "--strict", str(CHART), "--values", str(CHART / "ci" / name), "--kube-version", kube]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HELM_TIMEOUT_S)
-        return "" if done.returncode == 0 else f"{job}: {done.stdout}{done.stderr}"
+        return "" if done.returncode == 0 else f"{name}: {done.stdout}{done.stderr}"
 
     with ThreadPoolExecutor(4) as pool:
-        jobs = [(name, f"{kube}.0") for name in VALUES for kube in KUBES]
-        assert [problem for problem in pool.map(lint, jobs) if problem] == []
+        assert [problem for problem in pool.map(lint, VALUES) if problem] == []
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -213,10 +216,10 @@ def test_serve_and_shoal_take_the_serve_config(render: Render, name: str) -> Non
     schema = ServeDeploySchema.model_validate(rendered.serve_config)
     (app,) = schema.applications
     assert (app.name, app.route_prefix, app.import_path) == ("shoal", "/", "shoal.cluster.app:app")
-    config = parse_config(rendered.args)
-    assert config.http.port == schema.http_options.port
+    parsed = parse_config(rendered.args)
+    assert parsed.http.port == schema.http_options.port
     ports = _ports(rendered.service["rayClusterConfig"]["headGroupSpec"])
-    assert (ports["serve"], ports["admin"]) == (config.http.port, config.admin_port)
+    assert (ports["serve"], ports["admin"]) == (parsed.http.port, parsed.admin_port)
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -272,6 +275,21 @@ def test_a_pod_has_the_time_to_drain(render: Render) -> None:
             command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
             assert command == ["shoal", "drain", "--timeout", str(longest)]
             assert pod["terminationGracePeriodSeconds"] > longest
+
+
+def test_ray_runs_as_shoal_wants_it(render: Render) -> None:
+    environment = {
+        e["name"]: e.get("value")
+        for e in next(pod_templates(render("cpu-demo.yaml").one("RayService")))["spec"]["containers"][0]["env"]
+    }
+    assert environment.items() >= getattr(config, "SERVE_ENV", {}).items()
+    assert environment["RAY_SERVE_HAPROXY_BINARY_PATH"] == "/opt/shoal/bin/haproxy"
+    assert "RAY_AUTH_MODE" not in environment  # KubeRay sets it, with the token
+    assert render("cpu-demo.yaml").service["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    open_to_all = render({"ray": {"auth": {"mode": "disabled"}}})
+    for template in pod_templates(open_to_all.one("RayService")):
+        assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in template["spec"]["containers"][0]["env"]
+    assert "authOptions" not in open_to_all.service["rayClusterConfig"]
 
 
 def test_the_head_computes_nothing_and_every_node_is_watched(render: Render) -> None:
@@ -404,6 +422,21 @@ def test_notes_tell_the_first_question(helm: str) -> None:
     locked = notes("--set", "auth.existingSecret=keys", "--set", "ingress.enabled=true,ingress.hosts={llm.example.com}")
     assert "authorization: Bearer $KEY" in locked
     assert "URL=http://llm.example.com" in locked
+
+
+def test_the_sample_is_the_chart_s_demo(helm: str) -> None:
+    command = "helm template shoal helm/shoal --values helm/shoal/ci/cpu-demo.yaml --skip-tests"
+    done = subprocess.run(
+        [helm, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=HELM_TIMEOUT_S
+    )
+    assert (SAMPLES / "rayservice.yaml").read_text() == done.stdout, f"run `{command} > deploy/kuberay/rayservice.yaml`"
+
+
+def test_every_sample_is_one_that_kuberay_takes() -> None:
+    found = [o for path in SAMPLES.glob("*.yaml") for o in yaml.safe_load_all(path.read_text())]
+    assert {o["kind"] for o in found} == {"RayJob", "RayService", "Service", "ServiceAccount"}
+    for one in found:
+        check(one)
 
 
 def _ports(group: Object) -> dict[str, int]:
