@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
+import importlib.util
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +18,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "shoal"
-DATA = Path(os.environ.get("SHOAL_DATA", ROOT.parents[0] / "shared" / "data"))
-VALUES = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 HELM_TIMEOUT_S = 60
 
 Object = dict[str, Any]
@@ -76,11 +74,8 @@ def helm() -> str:
     return program
 
 
-Render = Callable[..., Rendered]
-
-
 @pytest.fixture(scope="session")
-def render(helm: str) -> Render:
+def render(helm: str) -> Callable[..., Rendered]:
     """`helm template` with values, or a values file of the chart's ci folder, as Kubernetes `kube` would be asked."""
 
     @cache
@@ -98,4 +93,13 @@ def render(helm: str) -> Render:
     return render_values
 
 
-sys.path.insert(0, str(ROOT / "helm"))  # for make_schema
+@pytest.fixture(scope="session")
+def make_schema() -> ModuleType:
+    """helm/make_schema.py, which is a script."""
+    path = ROOT / "helm" / "make_schema.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
@@ -20,8 +21,14 @@ from ray.serve.schema import ServeDeploySchema
 from shoal.cluster import config
 from shoal.cluster.config import NODE_CHECK_ENV, parse_config
 
-from .conftest import CHART, DATA, HELM_TIMEOUT_S, ROOT, VALUES, Object, Render
+Object = dict[str, Any]
+Render = Callable[..., Any]  # the fixture: values, or a values file of the chart's, as Helm renders them
 
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "shoal"
+DATA = Path(os.environ.get("SHOAL_DATA", ROOT.parent / "shared" / "data"))
+VALUES = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
+HELM_TIMEOUT_S = 60
 KUBES = ("1.31", "1.32", "1.33", "1.34")
 SAMPLES = ROOT / "deploy" / "kuberay"
 CRDS = {"RayService": "ray.io_rayservices.yaml", "RayJob": "ray.io_rayjobs.yaml"}
@@ -102,7 +109,7 @@ SPECS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 @cache
-def _kuberay(kind: str) -> jsonschema.Draft7Validator:
+def _kuberay(kind: str) -> Mapping[str, Any]:
     """Of KubeRay's own schema."""
     path = DATA / "kuberay" / CRDS[kind]
     if not path.exists():
@@ -111,7 +118,7 @@ def _kuberay(kind: str) -> jsonschema.Draft7Validator:
     schema: dict[str, Any] = next(v for v in versions if v["name"] == "v1")["schema"]["openAPIV3Schema"]
     _close(schema)
     schema["properties"]["metadata"] = {"type": "object"}
-    return jsonschema.Draft7Validator(schema)
+    return schema
 
 
 def _close(schema: dict[str, Any]) -> None:
@@ -143,8 +150,8 @@ def check(found: Object, kubes: Sequence[str] = KUBES) -> None:
     """Raises if one of those versions of Kubernetes would not take it."""
     kind = (found["apiVersion"], found["kind"])
     if found["apiVersion"] == "ray.io/v1":
-        validator = _kuberay(found["kind"])
-        validator.validate(_with_defaults(found, validator.schema))
+        schema = _kuberay(found["kind"])
+        jsonschema.Draft7Validator(schema).validate(_with_defaults(found, schema))
         pods = {json.dumps(template) for template in pod_templates(found)}
         objects = [{"apiVersion": "v1", "kind": "Pod", "metadata": {}, **json.loads(pod)} for pod in pods]
     elif kind in SPECS:

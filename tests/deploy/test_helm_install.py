@@ -22,8 +22,10 @@ import pytest
 import yaml
 from kmock import KubernetesEmulator, ResourceInfo, Server
 
-from .conftest import CHART, HELM_TIMEOUT_S, Object
+Object = dict[str, Any]
 
+CHART = Path(__file__).resolve().parents[2] / "helm" / "shoal"
+HELM_TIMEOUT_S = 60
 START_TIMEOUT_S = 60
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]

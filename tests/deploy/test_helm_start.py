@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ from shoal.cluster.commands.haproxy import unspliced_haproxy
 from shoal.cluster.commands.serve import free_ports
 from shoal.cluster.config import EMBEDDED_MODEL
 
-from .conftest import CHART, ROOT, VALUES, Object, Render, Rendered
+Object = dict[str, Any]
+Render = Callable[..., Any]  # the fixture: values, or a values file of the chart's, as Helm renders them
 
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "shoal"
+VALUES = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 NODE_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 240.0
 DELETE_TIMEOUT_S = 60.0
@@ -69,7 +73,7 @@ class Node:
 class Cluster:
     """A Ray cluster with the nodes that the chart asks for."""
 
-    def __init__(self, rendered: Rendered, *, groups: list[Object]) -> None:
+    def __init__(self, rendered: Any, *, groups: list[Object]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # short: Ray's sockets are in it
         self._nodes: list[Node] = []
         self._token = secrets.token_hex(16)
@@ -77,8 +81,17 @@ class Cluster:
         gcs, self.dashboard, agent, metrics, client = free_ports(5)
         environment = self._environment(head)
         try:
-            ports = {"port": gcs, "dashboard_port": self.dashboard, "ray_client_server_port": client}
-            own = {"head": "true", "dashboard_host": "127.0.0.1", "temp_dir": str(self._folder / "r"), **ports}
+            ports: dict[str, int | str] = {
+                "port": gcs,
+                "dashboard_port": self.dashboard,
+                "ray_client_server_port": client,
+            }
+            own: dict[str, int | str] = {
+                "head": "true",
+                "dashboard_host": "127.0.0.1",
+                "temp_dir": str(self._folder / "r"),
+                **ports,
+            }
             self._start(head, environment, **own, dashboard_agent_listen_port=agent, metrics_export_port=metrics)
             self.wait_for("/api/version", NODE_TIMEOUT_S)
             for group in groups:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import make_schema
 import pytest
 import yaml
 
 from shoal.cluster import config
 from shoal.cluster.config import ClusterConfig, parse_config
 
-from .conftest import CHART, Render
+Render = Callable[..., Any]  # the fixture: values as Helm renders them
+
+CHART = Path(__file__).resolve().parents[2] / "helm" / "shoal"
 
 # Values that must fit each other; all others are made from their type.
 SAMPLES: Mapping[str, Any] = {
@@ -60,16 +63,16 @@ def _sample(name: str, schema: Mapping[str, Any], defaults: Mapping[str, Any]) -
     raise AssertionError(f"{name}: write a value into SAMPLES")
 
 
-def _camel(value: Any, name: str = "") -> Any:
+def _camel(value: Any, camel: Callable[[str], str], name: str = "") -> Any:
     """As the chart has it."""
     if isinstance(value, list):
-        return [_camel(item, name) for item in value]
+        return [_camel(item, camel, name) for item in value]
     if not isinstance(value, dict) or name.endswith(("labels", "options", "weights")):
         return value
-    return {make_schema.camel(key): _camel(item, key) for key, item in value.items()}
+    return {camel(key): _camel(item, camel, key) for key, item in value.items()}
 
 
-def test_every_key_of_the_configuration_is_reached(render: Render) -> None:
+def test_every_key_of_the_configuration_is_reached(render: Render, make_schema: ModuleType) -> None:
     schema = ClusterConfig.model_json_schema()
     blocks = schema["$defs"]
     wanted = {
@@ -81,7 +84,7 @@ def test_every_key_of_the_configuration_is_reached(render: Render) -> None:
     wanted["models"] = [model]
     assert parse_config(wanted).models[0].model_fields_set == set(blocks["ModelSettings"]["properties"])
 
-    values = _camel(wanted)
+    values = _camel(wanted, make_schema.camel)
     values["gateways"] = {"replicas": wanted["gateways"]}
     values["models"][0]["rankResources"] = values["models"][0].pop("resources")
     values["models"][0] |= {"gpu": {"perRank": 1}, "resources": {"cpu": 64}}
@@ -92,11 +95,11 @@ def test_every_key_of_the_configuration_is_reached(render: Render) -> None:
     assert parse_config(args) == parse_config(wanted)
 
 
-def test_the_schema_is_made_from_the_configuration() -> None:
+def test_the_schema_is_made_from_the_configuration(make_schema: ModuleType) -> None:
     assert make_schema.read_schema() == make_schema.make_schema(), "run `python helm/make_schema.py`"
 
 
-def test_every_key_is_described_and_every_block_closed() -> None:
+def test_every_key_is_described_and_every_block_closed(make_schema: ModuleType) -> None:
     schema = make_schema.read_schema()
     for path, one in _objects(schema, ""):
         assert one.get("description"), path
@@ -114,7 +117,7 @@ def _objects(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mappin
         yield from _objects(schema["items"], f"{path}/items")
 
 
-def test_the_defaults_are_in_the_values_file() -> None:
+def test_the_defaults_are_in_the_values_file(make_schema: ModuleType) -> None:
     """Every key of the schema but those of a model, which stand in comments."""
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = make_schema.read_schema()["properties"].keys() - values.keys()

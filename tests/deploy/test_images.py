@@ -6,12 +6,13 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import yaml
 
-from .conftest import CHART, ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "shoal"
 FOLDER = ROOT / "deploy" / "docker"
 TARGETS = ("cpu", "cuda")
 
