@@ -229,8 +229,12 @@ WRONG: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
         ("models[1] (other): storage.mountPath /models is that of another volume",),
     ),
     "keys here and there": (
-        {"auth": {"existingSecret": "s", "keys": [{"id": "a", "sha256": "0" * 64}]}},
+        {"auth": {"existingSecret": "s", "keys": [{"id": "a", "tenant": "t", "sha256": "0" * 64}]}},
         ("auth: keys and existingSecret are both set",),
+    ),
+    "a key of nobody": (
+        {"auth": {"keys": [{"id": "a", "sha256": "0" * 64}]}},
+        ("/auth/keys/0", "missing property 'tenant'"),
     ),
     "a key for its hash": (
         {"auth": {"keys": [{"id": "a", "sha256": "sk-shoal-secret"}]}},
