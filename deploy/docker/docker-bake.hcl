@@ -1,0 +1,23 @@
+variable "REPOSITORY" { default = "shoal" }
+variable "VERSION" { default = "0.1.0" }
+variable "BASE" { default = "docker.io/library/python:3.11.13-slim-bookworm" }
+
+group "default" { targets = ["cpu", "cuda"] }
+
+target "common" {
+  context    = "."
+  dockerfile = "deploy/docker/Dockerfile"
+  args       = { BASE = BASE, VERSION = VERSION }
+}
+
+target "cpu" {
+  inherits = ["common"]
+  target   = "cpu"
+  tags     = ["${REPOSITORY}:${VERSION}-cpu"]
+}
+
+target "cuda" {
+  inherits = ["common"]
+  target   = "cuda"
+  tags     = ["${REPOSITORY}:${VERSION}-cuda"]
+}
