@@ -23,6 +23,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5,
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _REQUEST_SECONDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
 _TOKENS = tuple(float(scale * 10**power) for power in range(6) for scale in (1, 2, 5))
+_PREEMPTIONS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 _SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0, 64.0)
 
 
@@ -37,7 +38,11 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Of each replica. Labels model_name and engine come first.
+# Labels of every metric of a replica and of a gateway, before its own.
+REPLICA_LABELS = ("model_name", "engine")
+GATEWAY_LABELS = ("gateway",)
+
+# Of each replica.
 RUNNING = Metric("vllm:num_requests_running", "gauge", "Requests that hold KV blocks.")
 WAITING = Metric("vllm:num_requests_waiting", "gauge", "Requests waiting to be admitted.")
 KV_USAGE = Metric("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks held by running requests, 0 to 1.")
@@ -94,7 +99,13 @@ MESSAGES_DROPPED = Metric(
     "shoal:token_messages_dropped", "counter", "Step messages dropped because a gateway stopped reading."
 )
 
+COST = Metric("shoal:cost_usd", "counter", "What a replica has cost since it began, by the model's usd_per_hour.")
+REQUEST_PREEMPTIONS = Metric(
+    "vllm:request_num_preemptions", "histogram", "Times a request lost its KV blocks.", buckets=_PREEMPTIONS
+)
+
 # Of a gateway.
+GROUP_RESTARTS = Metric("shoal:group_restarts", "counter", "Groups of ranks started anew.", ("model_name",))
 HTTP_REQUESTS = Metric("shoal:http_requests", "counter", "HTTP answers sent.", ("handler", "method", "status"))
 HTTP_OPEN = Metric("shoal:http_requests_open", "gauge", "HTTP requests being answered.")
 HTTP_SECONDS = Metric(
@@ -133,10 +144,12 @@ REPLICA_METRICS = (
     GENERATION_TOKENS, REQUEST_SUCCESS, TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, INFERENCE_TIME,
     REQUEST_PROMPT, REQUEST_GENERATION, SPEC_DRAFTS, SPEC_DRAFT_TOKENS, SPEC_ACCEPTED, SPEC_ACCEPTED_AT, PARAMS_N,
     PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED,
+    COST, REQUEST_PREEMPTIONS,
 )  # fmt: skip
 GATEWAY_METRICS = (
     HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
     ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
+    GROUP_RESTARTS,
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS}
 
