@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.cluster import cli, metrics
@@ -194,6 +196,23 @@ def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
     assert not missing
     assert found["vllm:generation_tokens_total"] >= 4
     assert found["vllm:time_to_first_token_seconds_count"] >= 1
+
+
+def test_dashboards_and_rules_ask_for_what_it_has(server, client: openai.OpenAI) -> None:
+    ask(client, max_tokens=4)
+    found = samples(server.url)
+    deploy = Path(__file__).resolve().parents[2] / "deploy"
+    boards = [json.loads(path.read_text()) for path in (deploy / "grafana/dashboards").glob("*.json")]
+    queries = [target["expr"] for board in boards for panel in board["panels"] for target in panel.get("targets", ())]
+    queries += [
+        rule["expr"]
+        for file in ("rules.yaml", "alerts.yaml")
+        for group in yaml.safe_load((deploy / "prometheus" / file).read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    asked = {name for query in queries for name in re.findall(r"(?:vllm|shoal):\w+(?![\w:])", query)}
+    assert len(asked) > 60
+    assert asked <= found.keys()
 
 
 def test_chat_and_status_talk_to_it(server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,116 @@
+"""The dashboards' generator, and scrapes to try what it writes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from shoal.cluster.metrics import (
+    GATEWAY_LABELS,
+    GATEWAY_METRICS,
+    METRICS,
+    Distribution,
+    Metric,
+    Point,
+    Snapshot,
+    render,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "deploy"))  # as `python deploy/dashboards.py` has it
+
+# Values of labels in made-up scrapes. Of a label not named here, there is one.
+VALUES = {
+    "status": ("200", "503"),
+    "reason": ("cached", "new"),
+    "finished_reason": ("stop", "length"),
+    "position": ("0", "1"),
+    "engine": ("0", "1"),
+}
+MODEL = "m"
+CHOSEN = {"ttft_objective": "2.5", "itl_objective": "0.1", "__rate_interval": "5m"}  # of the dashboards' variables
+
+
+def chosen(expr: str) -> str:
+    """A panel's query as Prometheus is asked it, with all variables as they are at first."""
+    return re.sub(r"\$(\w+)", lambda match: CHOSEN.get(match[1], ".*"), expr)
+
+
+@pytest.fixture(scope="session")
+def panel_queries() -> list[tuple[str, str]]:
+    """Where it stands, and every panel's query."""
+    return [
+        (f"{path.stem}: {panel['title']}", chosen(target["expr"]))
+        for path in sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
+        for panel in json.loads(path.read_text())["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Callable[..., str]:
+    """Runs it with these arguments and answers what it says; fails when it does."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed; Debian has it in the package prometheus")
+
+    def run(*arguments: str | Path) -> str:
+        done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def scrape() -> Callable[[int], str]:
+    """The n-th of a row of scrapes in which every metric has values and every counter grows."""
+    return lambda n: scraped(_replica(n), _gateway(n))
+
+
+def scraped(replica: Snapshot, gateway: Snapshot) -> str:
+    """The exposition of two replicas and a gateway, with the labels that a scraper adds."""
+    own = {metric.name for metric in GATEWAY_METRICS}
+    lines = []
+    for line in render({(MODEL, engine): replica for engine in VALUES["engine"]}, gateway).splitlines():
+        if line.startswith("#"):
+            continue
+        series, _, value = line.rpartition(" ")
+        name, _, labels = series.partition("{")
+        added = 'job="shoal",instance="a:8001"'
+        if _family(name) in own and not any(f'{label}="' in labels for label in GATEWAY_LABELS):
+            added += "".join(f',{label}="g0"' for label in GATEWAY_LABELS)
+        lines.append(f"{name}{{{added}{labels and ','}{labels or '}'} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _family(sample: str) -> str:
+    return next(name for suffix in ("", "_total", "_count", "_sum", "_bucket")
+                if (name := sample.removesuffix(suffix)) in METRICS)  # fmt: skip
+
+
+def _replica(n: int) -> Snapshot:
+    return tuple(point for metric in METRICS.values() if metric not in GATEWAY_METRICS for point in _points(metric, n))
+
+
+def _gateway(n: int) -> Snapshot:
+    return tuple(point for metric in GATEWAY_METRICS for point in _points(metric, n))
+
+
+def _points(metric: Metric, n: int) -> Iterator[Point]:
+    of = {"model_name": (MODEL,)} | VALUES
+    for labels in product(*(of.get(label, ("x",)) for label in metric.labels)):
+        yield Point(metric.name, labels, _value(metric, n))
+
+
+def _value(metric: Metric, n: int) -> float | Distribution:
+    if metric.kind == "histogram":
+        return Distribution((n + 1,) * (len(metric.buckets) + 1), 1.5 * n)
+    return float(n + 1) if metric.kind == "counter" else 1.0
