@@ -1,4 +1,4 @@
-"""Debian's Prometheus, as configured here, answers every panel's and every rule's query with data."""
+"""Prometheus, as configured here, answers every panel's and every rule's query with data."""
 
 from __future__ import annotations
 
@@ -127,13 +127,6 @@ def prometheus(exporter: int, past: Path, tmp_path_factory: pytest.TempPathFacto
         process.wait(START_TIMEOUT_S)
 
 
-def test_it_scrapes_what_shoal_serves(prometheus: Prometheus) -> None:
-    wait_until(lambda: [one["value"][1] for one in prometheus.ask('up{job="shoal"}')] == ["1"])
-    (target,) = prometheus.get("/api/v1/targets")["activeTargets"]
-    assert target["scrapeUrl"].endswith("/metrics")
-    assert target["lastError"] == ""
-
-
 def test_every_panel_has_data(prometheus: Prometheus, panel_queries: list[tuple[str, str]]) -> None:
     empty = [f"{where}: {query}" for where, query in panel_queries if not prometheus.ask(query)]
     assert not empty, "\n".join(empty)
@@ -151,3 +144,10 @@ def test_every_rule_is_evaluated_and_every_recording_has_values(prometheus: Prom
     recordings = [rule["name"] for rule in rules() if rule["type"] == "recording"]
     assert recordings
     wait_until(lambda: all(prometheus.ask(name) for name in recordings))
+
+
+def test_it_scrapes_what_shoal_serves(prometheus: Prometheus) -> None:
+    wait_until(lambda: [one["value"][1] for one in prometheus.ask('up{job="shoal"}')] == ["1"])
+    (target,) = prometheus.get("/api/v1/targets")["activeTargets"]
+    assert target["scrapeUrl"].endswith("/metrics")
+    assert target["lastError"] == ""
