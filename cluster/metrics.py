@@ -38,7 +38,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Labels of every metric of a replica and of a gateway, before its own.
+# Labels of every metric of a replica and of a gateway, before its own; those of the cluster have their own only.
 REPLICA_LABELS = ("model_name", "engine")
 GATEWAY_LABELS = ("gateway",)
 
@@ -99,20 +99,40 @@ MESSAGES_DROPPED = Metric(
     "shoal:token_messages_dropped", "counter", "Step messages dropped because a gateway stopped reading."
 )
 
-COST = Metric("shoal:cost_usd", "counter", "What a replica has cost since it began, by the model's usd_per_hour.")
+WAITING_BY_REASON = Metric(
+    "vllm:num_requests_waiting_by_reason", "gauge",
+    "Requests waiting to be admitted: for capacity, or deferred until another sample has computed their prompt.",
+    ("reason",),
+)  # fmt: skip
+HELD_SECONDS = Metric(
+    "shoal:admission_held_seconds", "counter",
+    "Seconds in which requests waited and none was admitted, by what the first in turn lacked: KV blocks, slots among "
+    "those that run, tokens of a step, or the end of its own last step.",
+    ("reason",),
+)  # fmt: skip
+COST = Metric("shoal:cost_usd", "counter", "Price of a replica by its usd_per_hour, from its start on.")
 REQUEST_PREEMPTIONS = Metric(
     "vllm:request_num_preemptions", "histogram", "Times a request lost its KV blocks.", buckets=_PREEMPTIONS
 )
 
-# Of a gateway.
-GROUP_RESTARTS = Metric("shoal:group_restarts", "counter", "Groups of ranks started anew.", ("model_name",))
+# Of a gateway. The label gateway comes first.
+GATEWAY_TOKENS = Metric(
+    "shoal:gateway_tokens", "counter", "Tokens of calls of this gateway, a prompt's from its first token on.",
+    ("model_name", "kind"),
+)  # fmt: skip
+GROUP_RESTARTS = Metric(
+    "shoal:group_restarts", "counter",
+    "Replica groups that were lost, and not taken down in order, as this gateway saw it: of several gateways take the "
+    "largest.",
+    ("model_name",),
+)  # fmt: skip
+TRACES = Metric("shoal:traces", "counter", "Timelines for the trace collector.", ("result",))
 HTTP_REQUESTS = Metric("shoal:http_requests", "counter", "HTTP answers sent.", ("handler", "method", "status"))
 HTTP_OPEN = Metric("shoal:http_requests_open", "gauge", "HTTP requests being answered.")
 HTTP_SECONDS = Metric(
     "shoal:http_request_duration_seconds", "histogram", "From request to the end of its answer.",
     ("handler", "method"), _REQUEST_SECONDS,
 )  # fmt: skip
-REPLICAS = Metric("shoal:replicas_reporting", "gauge", "Replicas that answered this scrape.", ("model_name",))
 GATEWAY_WAITING = Metric(
     "shoal:gateway_waiting", "gauge", "Calls held in this gateway until it is their turn.", ("model_name",)
 )
@@ -139,19 +159,39 @@ INDEX_STALENESS = Metric(
     ("model_name", "engine"),
 )  # fmt: skip
 
+# Of a gateway's API keys. Tenants are those of the keys file.
+AUTH_REFUSALS = Metric(
+    "shoal:auth_refusals", "counter", "Requests refused for their API key or its limits.", ("reason",)
+)
+AUTH_KEYS = Metric("shoal:auth_keys", "gauge", "API keys in use, of the last keys file that was right.")
+AUTH_RELOAD_FAILED = Metric("shoal:auth_keys_file_broken", "gauge", "1 while the keys file cannot be used as it is.")
+TENANT_REQUESTS = Metric("shoal:tenant_requests", "counter", "Requests let in for a tenant.", ("tenant",))
+TENANT_TOKENS = Metric(
+    "shoal:tenant_tokens", "counter",
+    "Tokens of a tenant: prompt, cached (of the prompt, not computed again) and generated.",
+    ("tenant", "model_name", "kind"),
+)  # fmt: skip
+
+# Of the cluster as a whole.
+REPLICAS = Metric("shoal:replicas_reporting", "gauge", "Replicas that answered this scrape.", ("model_name",))
+GATEWAYS = Metric("shoal:gateways_reporting", "gauge", "Gateways that answered this scrape.")
+GATEWAYS_SILENT = Metric("shoal:gateways_silent", "gauge", "Gateways that were asked and did not answer this scrape.")
+
 REPLICA_METRICS = (
     RUNNING, WAITING, KV_USAGE, CACHE_CONFIG, PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, PROMPT_TOKENS,
     GENERATION_TOKENS, REQUEST_SUCCESS, TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, INFERENCE_TIME,
     REQUEST_PROMPT, REQUEST_GENERATION, SPEC_DRAFTS, SPEC_DRAFT_TOKENS, SPEC_ACCEPTED, SPEC_ACCEPTED_AT, PARAMS_N,
     PARAMS_MAX_TOKENS, STEPS, STEP_SECONDS, STEP_OUTPUTS, MESSAGES_DROPPED,
-    COST, REQUEST_PREEMPTIONS,
+    REQUEST_PREEMPTIONS, WAITING_BY_REASON, HELD_SECONDS, COST,
 )  # fmt: skip
 GATEWAY_METRICS = (
-    HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, REPLICAS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
+    HTTP_REQUESTS, HTTP_OPEN, HTTP_SECONDS, GATEWAY_WAITING, GATEWAY_QUEUE_SECONDS, REQUESTS_REFUSED,
     ROUTING_DECISIONS, ROUTING_SECONDS, ROUTING_PROMPT_TOKENS, ROUTING_MATCHED_TOKENS, INDEX_BLOCKS, INDEX_STALENESS,
-    GROUP_RESTARTS,
+    GATEWAY_TOKENS, GROUP_RESTARTS, TRACES,
 )  # fmt: skip
-METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS}
+AUTH_METRICS = (AUTH_REFUSALS, AUTH_KEYS, AUTH_RELOAD_FAILED, TENANT_REQUESTS, TENANT_TOKENS)  # where there are keys
+CLUSTER_METRICS = (REPLICAS, GATEWAYS, GATEWAYS_SILENT)
+METRICS = {metric.name: metric for metric in REPLICA_METRICS + GATEWAY_METRICS + AUTH_METRICS + CLUSTER_METRICS}
 
 
 @dataclass(frozen=True, slots=True)

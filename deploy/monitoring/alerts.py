@@ -150,6 +150,16 @@ AVAILABILITY = (
         "For 2 minutes no replica of {{ $labels.model_name }} has answered for its metrics: calls wait or fail.",
     ),
     Alert(
+        "ShoalGatewaySilent", above(largest(value(metrics.GATEWAYS_SILENT), CLUSTER), 0), "5m", "warning",
+        "{{ $value }} gateways of {{ $labels.job }} do not answer for their metrics",
+        "What is shown of {{ $labels.job }} lacks these gateways, and their users may get no answers.",
+    ),
+    Alert(
+        "ShoalKeysFileBroken", above(largest(value(metrics.AUTH_RELOAD_FAILED), (*CLUSTER, "gateway")), 0), "2m", "warning",
+        "Gateway {{ $labels.gateway }} cannot use the keys file",
+        "The keys of the last file that was right hold: what was added since is refused, what was revoked is let in.",
+    ),
+    Alert(
         "ShoalRequestsFail", above(recorded(FAILED), 0.02), "5m", "critical",
         "{{ $value | humanizePercentage }} of HTTP requests fail",
         "{{ $value | humanizePercentage }} of answers of {{ $labels.job }} had a status of 500 or more.",

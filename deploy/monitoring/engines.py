@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monitoring.grafana import Dashboard, Panel, Query, Row
 from monitoring.overview import percentiles
-from monitoring.query import Expr, mean, quantile, rate, ratio, value
+from monitoring.query import Expr, mean, quantile, rate, ratio, total, value
 from shoal.cluster import metrics
 from shoal.cluster.metrics import Metric
 
@@ -30,6 +30,12 @@ STEPS = Row("Steps", (
           "1: the engine never waits for work.", maximum=1),
     Panel("Requests running", "short", each(value(metrics.RUNNING))),
     Panel("Requests waiting", "short", each(value(metrics.WAITING))),
+    Panel("Waiting for", "short",
+          (Query(total(value(metrics.WAITING_BY_REASON), (*ENGINE, "reason")), f"{{{{reason}}}} {NAME}"),),
+          is_stacked=True),
+    Panel("Time in which nobody was let in", "percentunit",
+          (Query(rate(metrics.HELD_SECONDS, (*ENGINE, "reason")), f"{{{{reason}}}} {NAME}"),),
+          "Requests waited meanwhile.", is_stacked=True),
     Panel("Batch size", "short", (
         Query(mean(metrics.STEP_OUTPUTS, ENGINE), f"mean {NAME}"),
         Query(quantile(0.95, metrics.STEP_OUTPUTS, ENGINE), f"p95 {NAME}"),

@@ -23,6 +23,26 @@ HTTP = Row("HTTP", (
     Panel("Answers by gateway", "reqps", (Query(rate(metrics.HTTP_REQUESTS, GATEWAY), "{{gateway}}"),)),
     Panel("Requests open", "short", (Query(total(value(metrics.HTTP_OPEN), GATEWAY), "{{gateway}}"),),
           is_stacked=True),
+    Panel("Tokens", "suffix: tok/s",
+          (Query(rate(metrics.GATEWAY_TOKENS, ("model_name", "kind")), "{{kind}}, {{model_name}}"),)),
+    Panel("Gateways", "short", (
+        Query(largest(value(metrics.GATEWAYS)), "reporting"),
+        Query(largest(value(metrics.GATEWAYS_SILENT)), "silent"),
+    )),
+    Panel("Timelines for the trace collector", "suffix: /s", (Query(rate(metrics.TRACES, ("result",)), "{{result}}"),)),
+))  # fmt: skip
+
+TENANTS = Row("Tenants, where there are keys", (
+    Panel("Requests let in", "reqps", (Query(rate(metrics.TENANT_REQUESTS, ("tenant",)), "{{tenant}}"),),
+          is_stacked=True),
+    Panel("Tokens by tenant", "suffix: tok/s",
+          (Query(rate(metrics.TENANT_TOKENS, ("tenant", "kind")), "{{tenant}}, {{kind}}"),)),
+    Panel("Refused for their key or its limits", "reqps",
+          (Query(rate(metrics.AUTH_REFUSALS, ("reason",)), "{{reason}}"),), is_stacked=True),
+    Panel("Keys in use", "short", (Query(largest(value(metrics.AUTH_KEYS), GATEWAY), "{{gateway}}"),), width=12),
+    Panel("Keys file broken", "short", (Query(largest(value(metrics.AUTH_RELOAD_FAILED), GATEWAY), "{{gateway}}"),),
+          "1: the file was changed and cannot be used; the keys before it hold.", width=12, maximum=1,
+          thresholds=((1, "red"),)),
 ))  # fmt: skip
 
 ADMISSION = Row("Admission", (
@@ -54,5 +74,5 @@ ROUTING = Row("Routing", (
 
 GATEWAYS = Dashboard(
     "shoal-gateways", "Shoal / Gateways and routing", "What happens to a call before a replica has it.",
-    (HTTP, ADMISSION, ROUTING),
+    (HTTP, TENANTS, ADMISSION, ROUTING),
 )  # fmt: skip

@@ -30,7 +30,7 @@ def cost_of_million(metric: Metric, by: By = ()) -> Expr:
     return ratio(rate(metrics.COST, by), rate(metric, by)) * 1e6
 
 
-REPLICAS = largest(value(metrics.REPLICAS), MODEL)  # every gateway counts the same ones
+REPLICAS = largest(value(metrics.REPLICAS), MODEL)
 HIT_RATE = ratio(rate(metrics.PREFIX_HITS, MODEL), rate(metrics.PREFIX_QUERIES, MODEL))
 ACCEPTANCE = ratio(rate(metrics.SPEC_ACCEPTED, MODEL), rate(metrics.SPEC_DRAFT_TOKENS, MODEL))
 

@@ -10,14 +10,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from shoal.cluster.metrics import GATEWAY_LABELS, GATEWAY_METRICS, REPLICA_LABELS, REPLICA_METRICS, Metric
+from shoal.cluster.metrics import (
+    AUTH_METRICS,
+    CLUSTER_METRICS,
+    GATEWAY_LABELS,
+    GATEWAY_METRICS,
+    REPLICA_LABELS,
+    REPLICA_METRICS,
+    Metric,
+)
 
 Where: TypeAlias = Mapping[str, str]  # label -> regular expression of its whole value
 By: TypeAlias = tuple[str, ...]
 
 SCRAPE_LABELS = ("namespace", "job", "instance")  # given by whoever scrapes; the first one on Kubernetes only
 CLUSTER = ("namespace", "job")  # tell one Shoal from another
-_OWNER_LABELS = dict.fromkeys(REPLICA_METRICS, REPLICA_LABELS) | dict.fromkeys(GATEWAY_METRICS, GATEWAY_LABELS)
+_OWNER_LABELS: Mapping[Metric, tuple[str, ...]] = {
+    **dict.fromkeys(REPLICA_METRICS, REPLICA_LABELS),
+    **dict.fromkeys(GATEWAY_METRICS + AUTH_METRICS, GATEWAY_LABELS),
+    **dict.fromkeys(CLUSTER_METRICS, ()),
+}
 
 
 class QueryError(ValueError):

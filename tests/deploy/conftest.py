@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from shoal.cluster.metrics import (
+    AUTH_METRICS,
+    CLUSTER_METRICS,
     GATEWAY_LABELS,
     GATEWAY_METRICS,
     METRICS,
+    REPLICA_METRICS,
     Distribution,
     Metric,
     Point,
@@ -77,7 +80,7 @@ def scrape() -> Callable[[int], str]:
 
 def scraped(replica: Snapshot, gateway: Snapshot) -> str:
     """The exposition of two replicas and a gateway, with the labels that a scraper adds."""
-    own = {metric.name for metric in GATEWAY_METRICS}
+    own = {metric.name for metric in GATEWAY_METRICS + AUTH_METRICS}
     lines = []
     for line in render({(MODEL, engine): replica for engine in VALUES["engine"]}, gateway).splitlines():
         if line.startswith("#"):
@@ -97,11 +100,12 @@ def _family(sample: str) -> str:
 
 
 def _replica(n: int) -> Snapshot:
-    return tuple(point for metric in METRICS.values() if metric not in GATEWAY_METRICS for point in _points(metric, n))
+    return tuple(point for metric in REPLICA_METRICS for point in _points(metric, n))
 
 
 def _gateway(n: int) -> Snapshot:
-    return tuple(point for metric in GATEWAY_METRICS for point in _points(metric, n))
+    of = GATEWAY_METRICS + AUTH_METRICS + CLUSTER_METRICS
+    return tuple(point for metric in of for point in _points(metric, n))
 
 
 def _points(metric: Metric, n: int) -> Iterator[Point]:

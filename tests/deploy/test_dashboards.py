@@ -28,9 +28,11 @@ FILES = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 # Metrics that no panel shows -> why.
 NOT_SHOWN: dict[str, str] = {}
 
-# Measured where there are replicas: by a deployment, or of what they publish.
-OF_A_CLUSTER = {metric.name for metric in (metrics.REPLICAS, metrics.INDEX_BLOCKS, metrics.INDEX_STALENESS,
-                                           metrics.GROUP_RESTARTS, metrics.COST)}  # fmt: skip
+# Measured by whole deployments only, or where something is configured.
+OF_A_CLUSTER = {metric.name for metric in (
+    *metrics.AUTH_METRICS, *metrics.CLUSTER_METRICS, metrics.INDEX_BLOCKS, metrics.INDEX_STALENESS, metrics.COST,
+    metrics.GATEWAY_TOKENS, metrics.GROUP_RESTARTS, metrics.HELD_SECONDS, metrics.TRACES, metrics.WAITING_BY_REASON,
+)}  # fmt: skip
 KNOWN_UNITS = {"s", "short", "reqps", "percentunit", "currencyUSD", "suffix: /s", "suffix: tok", "suffix: tok/s"}
 
 
