@@ -155,7 +155,8 @@ AVAILABILITY = (
         "What is shown of {{ $labels.job }} lacks these gateways, and their users may get no answers.",
     ),
     Alert(
-        "ShoalKeysFileBroken", above(largest(value(metrics.AUTH_RELOAD_FAILED), (*CLUSTER, "gateway")), 0), "2m", "warning",
+        "ShoalKeysFileBroken", above(largest(value(metrics.AUTH_RELOAD_FAILED), (*CLUSTER, "gateway")), 0),
+        "2m", "warning",
         "Gateway {{ $labels.gateway }} cannot use the keys file",
         "The keys of the last file that was right hold: what was added since is refused, what was revoked is let in.",
     ),
