@@ -66,7 +66,8 @@ def server(threads: int, load: Load) -> Iterator[tuple[int, int]]:
     }
     with tempfile.TemporaryDirectory() as folder:
         config, output = Path(folder) / "shoal.yaml", Path(folder) / "output.txt"
-        config.write_text(yaml.safe_dump({"models": [model], "http": {"port": port}}))
+        ports = {"http": {"port": port}, "admin": {"port": serving.free_port()}}
+        config.write_text(yaml.safe_dump({"models": [model], **ports}))
         with output.open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "shoal.cluster.cli", "serve", str(config)],

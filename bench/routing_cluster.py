@@ -109,9 +109,11 @@ class Answer(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(load: Load, folder: Path) -> Iterator[tuple[int, float]]:
-    """`shoal serve` with a model for each policy: its port, and the seconds from the command to "ready"."""
-    port = free_port()
+def server(load: Load, folder: Path) -> Iterator[tuple[int, int, float]]:
+    """`shoal serve` with a model for each policy: its port, its admin port, and the seconds from the command to
+    "ready".
+    """
+    port, admin_port = free_port(), free_port()
     models = [
         {
             "name": policy,
@@ -124,7 +126,8 @@ def server(load: Load, folder: Path) -> Iterator[tuple[int, float]]:
         for policy in POLICIES
     ]
     config = folder / "cluster.yaml"
-    config.write_text(yaml.safe_dump({"models": models, "http": {"host": HOST, "port": port}}))
+    ports = {"http": {"host": HOST, "port": port}, "admin": {"host": HOST, "port": admin_port}}
+    config.write_text(yaml.safe_dump({"models": models, **ports}))
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -132,7 +135,7 @@ def server(load: Load, folder: Path) -> Iterator[tuple[int, float]]:
         )
         try:
             wait_until_ready(port, process, log.fileno())
-            yield port, time.perf_counter() - start
+            yield port, admin_port, time.perf_counter() - start
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
@@ -240,7 +243,7 @@ def calibrated(folder: Path, load: Load) -> HardwareProfile:
     return load_profile(out)
 
 
-async def probe(port: int, load: Load) -> dict[str, float]:
+async def probe(port: int, admin_port: int, load: Load) -> dict[str, float]:
     """What the engine's own steps do not tell: the time of a request outside of it, and what replicas cost each other.
 
     The first is what clients see of the time to the first token beyond what the replicas do, for prompts of usual
@@ -251,9 +254,9 @@ async def probe(port: int, load: Load) -> dict[str, float]:
     num_prompt = load.prefix_tokens + 1
     cached = chance.choices(TOKENS, k=num_prompt)
     await ask(port, model, cached, 1)
-    num_before, seconds_before = first_tokens(port, model)
+    num_before, seconds_before = first_tokens(admin_port, model)
     answers = [await ask(port, model, cached, 1) for _ in range(load.num_probes)]
-    num_after, seconds_after = first_tokens(port, model)
+    num_after, seconds_after = first_tokens(admin_port, model)
     assert num_after - num_before == len(answers), "somebody else uses the server"
     outside_s = sum(answer.first_s - answer.sent_s for answer in answers) - (seconds_after - seconds_before)
     rates = {}
@@ -272,9 +275,9 @@ async def probe(port: int, load: Load) -> dict[str, float]:
     }
 
 
-def first_tokens(port: int, model: str) -> tuple[float, float]:
+def first_tokens(admin_port: int, model: str) -> tuple[float, float]:
     """How many requests have had their first token, and the seconds that took in the replicas, all together."""
-    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=30) as response:
+    with urllib.request.urlopen(f"http://{HOST}:{admin_port}/metrics", timeout=30) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
 
     def total(end: str) -> float:
@@ -332,8 +335,8 @@ def run(load: Load) -> dict[str, Any]:
         print("calibrating one replica", flush=True)
         alone = calibrated(folder, load)
         print("starting the cluster", flush=True)
-        with server(load, folder) as (port, ready_s):
-            probed = asyncio.run(probe(port, load))
+        with server(load, folder) as (port, admin_port, ready_s):
+            probed = asyncio.run(probe(port, admin_port, load))
             print(f"  ready after {ready_s:.0f} s; {_listed(probed)}", flush=True)
             measured = _measured(port, load, warm, rounds)
             rate = OPEN_LOAD * measured["round_robin"]["median"]["requests_per_s"]

@@ -53,6 +53,8 @@ def server(threads: int) -> Iterator[tuple[int, float]]:
     arguments = [
         "--port",
         str(port),
+        "--admin-port",
+        str(free_port()),
         "--dtype",
         "bfloat16",
         "--num-threads",

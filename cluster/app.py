@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from shoal.cluster.admin.deployment import GATEWAY_NAME, Admin
 from shoal.cluster.config import ClusterConfig, ModelSettings, parse_config
 from shoal.cluster.gateway.deployment import Gateway
 from shoal.cluster.replica.deployment import Replica
@@ -38,6 +39,7 @@ LOGGING = LoggingConfig(log_level="INFO", enable_access_log=False)  # /metrics c
 # A rank may die while its group loads: Serve then makes another group. What cannot work at all ends `shoal serve`.
 MAX_STARTS = 3
 DRAIN_POLL_S = 0.2
+ADMIN_SHUTDOWN_S = 5.0
 SCALING_METRICS_PERIOD_S = 2.0
 SCALING_LOOK_BACK_S = 5.0
 
@@ -48,7 +50,7 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def build_app(config: ClusterConfig, *, progress_address: str | None = None, own_ip: str | None = None) -> Application:
-    """Gateways in front of one replica deployment per model.
+    """Gateways in front of one replica deployment per model, and the admin port beside them.
 
     Replicas tell how their start goes to `progress_address` ("tcp://ip:port"), if one is given. `own_ip` is the
     address on which gateways and replicas hear each other; None means each node's own. Raises ConfigError for a routing
@@ -62,7 +64,7 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
     }
     gateway = serve.deployment(
         serve.ingress()(Gateway),
-        name="gateway",
+        name=GATEWAY_NAME,
         num_replicas=config.gateways,
         max_ongoing_requests=100_000,  # calls wait in front of a replica, where the engine can see them
         ray_actor_options={"num_cpus": 0, **_label_selector(config.gateway_labels)},  # shares the cores that are left
@@ -73,7 +75,23 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=1,
     )
-    return gateway.bind(config.models, config.http, replicas, own_ip)
+    return gateway.bind(config.models, config.http, replicas, own_ip, admin=_admin(config))
+
+
+def _admin(config: ClusterConfig) -> Application:
+    """On the head node, where operators look for it and where Serve always has an HTTP proxy."""
+    admin = serve.deployment(
+        Admin,
+        name="admin",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+        logging_config=LOGGING,
+        graceful_shutdown_timeout_s=ADMIN_SHUTDOWN_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_constructor_retry_count=MAX_STARTS,
+    )
+    return admin.bind(config.admin, config.admin_port, config.http)
 
 
 def num_cpus(model: ModelSettings) -> float:

@@ -114,6 +114,24 @@ class GroupStatus:
     routing: ReplicaView | None = None  # as the gateway that was asked sees it
 
 
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model and all of its groups, those that are not up included."""
+
+    name: str
+    max_model_len: int
+    groups: tuple[GroupStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayFacts:
+    """A gateway that answers: the `gateway` label of its metrics, and where it runs."""
+
+    label: str
+    node: str
+    pid: int
+
+
 class Progress(msgspec.Struct, frozen=True, array_like=True):
     """How far a replica has come with starting. `error` ends it: the replica cannot start."""
 

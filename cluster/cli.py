@@ -35,6 +35,7 @@ a configuration file:
       speculative: suffix                     # or ngram, or {{method: draft_model, model: draft.gguf}}
       engine: {{dtype: bfloat16, max_model_len: 4096, kv_memory: 2GiB, num_threads: 4, step_timeout: 60}}
   http: {{host: 0.0.0.0, port: 8000}}
+  admin: {{host: 127.0.0.1, port: 8001}}        # status page, metrics, explanations
   gateways: 1
   ray: {{address: auto}}                        # join a running Ray; leave out to start one
 
@@ -63,7 +64,7 @@ Only headers are read and nothing is started. Memory is what data sheets state, 
 """
 
 _STATUS_EXAMPLES = """examples:
-  shoal status                                 the server at http://127.0.0.1:8000
+  shoal status                                 the server whose admin port is http://127.0.0.1:8001
   shoal status --ray-address auto              every replica of the running Ray cluster
   shoal status --json | jq .models
 """
@@ -145,6 +146,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     http = serve.add_argument_group("where clients connect")
     http.add_argument("--host", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     http.add_argument("--port", type=int, help="default: 8000")
+    http.add_argument("--admin-host", metavar="HOST", help="of the status page and metrics (default: 127.0.0.1)")
+    http.add_argument("--admin-port", type=int, metavar="PORT", help="default: the one after --port")
     model = serve.add_argument_group("the model (the first one, where a configuration names several)")
     model.add_argument("--model-name", metavar="NAME", help="the name that clients ask for")
     model.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
@@ -205,7 +208,7 @@ def _method(text: str) -> str | dict[str, str]:
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     chat = _add_command(commands, "chat", "talk to a running server", _CHAT_EXAMPLES)
     chat.set_defaults(run=_chat)
-    _add_url(chat)
+    chat.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
     chat.add_argument("-m", "--message", help="ask this, print the answer and exit")
     chat.add_argument("--model", help="which model (default: the server's first)")
     chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
@@ -216,7 +219,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = _add_command(commands, "status", "show what a server is doing", _STATUS_EXAMPLES)
     status.set_defaults(run=_status)
-    _add_url(status)
+    status.add_argument("--url", default="http://127.0.0.1:8001", help="its admin port (default: %(default)s)")
     status.add_argument("--ray-address", metavar="ADDRESS", help="ask Ray about the deployments instead")
     status.add_argument("--json", action="store_true", help="for programs")
 
@@ -272,10 +275,6 @@ def _add_command(
     )
 
 
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
-
-
 def serve_config(args: argparse.Namespace) -> ClusterConfig:
     """The configuration that the arguments of `shoal serve` stand for. Raises ConfigError."""
     return override(
@@ -283,6 +282,8 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
         {
             "http.host": args.host,
             "http.port": args.port,
+            "admin.host": args.admin_host,
+            "admin.port": args.admin_port,
             "ray.address": args.ray_address,
             "models.0.name": args.model_name,
             "models.0.replicas": args.replicas,

@@ -345,11 +345,13 @@ class HttpSettings(Settings):
 class AdminSettings(Settings):
     """The operators' port, on the head node: status page, metrics, explanations. Never the public port.
 
-    The default host is reachable from this machine only.
+    The default host is reachable from this machine only. Whoever can reach it may see everything.
+    hosts: public names by which browsers may call it; addresses and names inside a network need not be listed.
     """
 
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=1, le=65535, description="None: the one after http.port")
+    hosts: tuple[str, ...] = ()
 
 
 class AuthSettings(Settings):
@@ -408,6 +410,20 @@ class ClusterConfig(Settings):
             if names.count(name) > 1:
                 raise ValueError(f"two models are called {name!r}: give each a name of its own")
         return named
+
+    @model_validator(mode="after")
+    def _tell_ports_apart(self) -> Self:
+        if self.admin_port > 65535:
+            raise ValueError(f"admin.port would be {self.admin_port}, the one after http.port: set it to a free port")
+        if self.admin_port == self.http.port:
+            raise ValueError(f"admin.port and http.port are both {self.admin_port}: choose another for one of them")
+        return self
+
+
+def base_url(host: str, port: int) -> str:
+    """The URL that a client on this machine uses, for an address to listen on."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
 
 
 def model_name(model: str) -> str:

@@ -1,7 +1,8 @@
 """Every Prometheus name in one list, and how the values get from the replicas into one exposition.
 
 Names are vLLM's where the meaning is the same, so that its dashboards work; ours begin with `shoal:`.
-Replicas measure (`ReplicaMetrics`), a gateway collects their snapshots and renders them together (`render`).
+Replicas and gateways measure (`ReplicaMetrics`, `HttpMetrics`, ...); the admin port collects their snapshots and
+renders them together (`render`).
 """
 
 from __future__ import annotations
@@ -355,16 +356,24 @@ class HttpMetrics:
         )
 
 
-def render(replicas: Mapping[tuple[str, str], Snapshot], gateway: Snapshot = ()) -> str:
-    """The exposition (Prometheus text format 0.0.4) of replicas by (model_name, engine) and of a gateway.
+def render(
+    replicas: Mapping[tuple[str, str], Snapshot],
+    gateways: Mapping[str, Snapshot] | None = None,
+    cluster: Snapshot = (),
+) -> str:
+    """The exposition (Prometheus text format 0.0.4) of replicas by (model_name, engine), of gateways by label, and of
+    the cluster as a whole.
 
-    One family per name, whatever the number of replicas.
+    One family per name, whatever the number of replicas and gateways.
     """
     families: dict[str, Family] = {}
     for owner, snapshot in replicas.items():
         for point in snapshot:
             _add_point(families, point, ("model_name", "engine"), owner)
-    for point in gateway:
+    for label, snapshot in (gateways or {}).items():
+        for point in snapshot:
+            _add_point(families, point, ("gateway",), (label,))
+    for point in cluster:
         _add_point(families, point, (), ())
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(families))

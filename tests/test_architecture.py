@@ -126,7 +126,10 @@ LAYERS: Mapping[str, set[str]] = {
     "cluster.simulation": ENGINE_FACE
     | {"cluster.autoscaling", "cluster.routing"}
     | {"engine.load", "engine.memory", "engine.scheduling", "engine.step_time"},
-    "cluster.app": ENGINE_FACE | SHARED | {"cluster.gateway", "cluster.routing", "cluster.replica"},
+    "cluster.admin": ENGINE_FACE
+    | SHARED
+    | {"cluster.gateway.errors", "cluster.gateway.responses", "cluster.gateway.sse"},
+    "cluster.app": ENGINE_FACE | SHARED | {"cluster.admin", "cluster.gateway", "cluster.routing", "cluster.replica"},
     "cluster.commands": ENGINE_FACE
     | SHARED
     | {"cluster.app", "cluster.autoscaling", "cluster.routing", "cluster.simulation"},
@@ -152,6 +155,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     "cluster": {
         "ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec", "zmq", "yaml", "prometheus_client",
     },
+    "cluster.admin": {"httpx", "ray", "starlette", "uvicorn"},
     "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 

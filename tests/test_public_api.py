@@ -9,6 +9,7 @@ import inspect
 import shoal.engine
 from shoal.cluster.cli import build_parser
 from shoal.cluster.config import (
+    AdminSettings,
     AutoscalingSettings,
     ClusterConfig,
     EngineSettings,
@@ -108,7 +109,8 @@ def test_commands_and_their_options() -> None:
     }
     assert options == {
         "serve": [
-            "--help", "--host", "--port", "--model-name", "--replicas", "--routing", "--tensor-parallel",
+            "--help", "--host", "--port", "--admin-host", "--admin-port", "--model-name", "--replicas", "--routing",
+            "--tensor-parallel",
             "--pipeline-parallel", "--stages", "--node-labels", "--speculative",
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
@@ -126,11 +128,13 @@ def test_commands_and_their_options() -> None:
 
 
 def test_keys_of_a_configuration_file() -> None:
-    assert set(ClusterConfig.model_fields) == {"models", "http", "gateways", "gateway_labels", "ray"}
+    assert set(ClusterConfig.model_fields) == {
+        "models", "http", "admin", "auth", "tracing", "logging", "gateways", "gateway_labels", "ray",
+    }  # fmt: skip
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "speculative", "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
-        "routing", "autoscaling", "drain_timeout",
+        "routing", "autoscaling", "drain_timeout", "usd_per_hour",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
@@ -150,6 +154,7 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(FairnessSettings.model_fields) == {"window_ms", "weights"}
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
     assert set(HttpSettings.model_fields) == {"host", "port", "max_body_bytes"}
+    assert set(AdminSettings.model_fields) == {"host", "port", "hosts"}
     assert set(RaySettings.model_fields) == {"address"}
 
 
@@ -168,8 +173,5 @@ def test_http_routes() -> None:
         ("POST", "/detokenize"),
         ("GET", "/health"),
         ("GET", "/ping"),
-        ("GET", "/metrics"),
-        ("GET", "/status"),
-        ("GET", "/debug/routing"),
         ("GET", "/version"),
     }

@@ -21,7 +21,7 @@ from typing import Final
 from shoal.cluster.channel import Progress, local_ip
 from shoal.cluster.commands.haproxy import unspliced_haproxy
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
-from shoal.cluster.config import ClusterConfig, locate_model
+from shoal.cluster.config import ClusterConfig, base_url, locate_model
 from shoal.cluster.progress import ProgressReceiver
 from shoal.cluster.routing.policies import make_policy
 from shoal.engine.config import ConfigError
@@ -52,6 +52,7 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     check_routing(config)
     if config.ray.address is None:  # otherwise port and files are those of other machines
         check_port(config.http.host, config.http.port)
+        check_port(config.admin.host, config.admin_port, block="admin", options="--admin-host or --admin-port")
         check_models(config)
     adopt_orphans()
     signals = _Signals()
@@ -71,8 +72,10 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
         return code
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError if nobody could connect there because someone else listens."""
+def check_port(host: str, port: int, *, block: str = "http", options: str = "--host or --port") -> None:
+    """Raise ConfigError if nobody could connect there because someone else listens. `block` of the configuration and
+    `options` of the command are where another address can be chosen.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,8 +84,8 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {host}:{port} ({error.strerror or error}): "
-                f"stop what listens there, or choose another address with --host or --port",
-                field="http.port",
+                f"stop what listens there, or choose another {block}.port with {options}",
+                field=f"{block}.port",
             ) from None
 
 
@@ -144,7 +147,8 @@ def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, i
         _wait_until_running(progress, narrator)
     url = base_url(config.http.host, config.http.port)
     _wait_until_answering(url)
-    print(announcement(url, config.models[0].name, time.monotonic() - start), flush=True)
+    admin_url = base_url(config.admin.host, config.admin_port)
+    print(announcement(url, admin_url, config.models[0].name, time.monotonic() - start), flush=True)
     while True:
         signal.pause()
 
@@ -287,19 +291,14 @@ def _wait_until_answering(url: str) -> None:
             time.sleep(0.05)
 
 
-def base_url(host: str, port: int) -> str:
-    """The URL that a client on this machine uses."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{reachable}:{port}"
-
-
-def announcement(url: str, model: str, seconds: float) -> str:
-    """What a newcomer needs next: address, model name, and a command to paste."""
+def announcement(url: str, admin_url: str, model: str, seconds: float) -> str:
+    """What a newcomer needs next: addresses, model name, and a command to paste."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = json.dumps({"model": model, "messages": messages, "temperature": 0})
     return (
         f"\n  ready after {seconds:.1f} s\n"
         f"  address  {url}/v1\n"
+        f"  status   {admin_url}\n"
         f"  model    {model}\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
         f"  Ctrl-C stops the server.\n"

@@ -1,4 +1,4 @@
-"""`shoal status`: what a server is doing, from its /status and /metrics or from Ray."""
+"""`shoal status`: what a server is doing, from its admin port's /status and /metrics or from Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def status(url: str, *, ray_address: str | None = None, is_json: bool = False) -
 
 
 def server_report(url: str) -> dict[str, Any]:
-    """Models, their groups and ranks at `url`. Healthy is a server whose groups are all up.
+    """Models, their groups and ranks, from the admin port at `url`. Healthy is a server whose groups are all up.
 
     Raises ServerError if there is none.
     """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from shoal.cluster.channel import GenerateCall, GroupStatus
+from shoal.cluster.channel import GenerateCall
 from shoal.engine.request import RequestOutput
 from shoal.engine.tokenizer import Tokenizer
 
@@ -66,18 +66,6 @@ class Backend(Protocol):
         """
         ...
 
-    def explain(self) -> Sequence[Mapping[str, Any]]:
-        """The last routing decisions, newest first, as plain data with each replica's cost."""
-        ...
-
-    async def groups(self) -> list[GroupStatus]:
-        """Every replica group, those that are not up included."""
-        ...
-
-    async def metrics_text(self) -> str:
-        """Metrics of the replicas in Prometheus' text format."""
-        ...
-
     async def check_health(self) -> None:
         """Raise ReplicaUnavailableError if no replica is ready."""
         ...
@@ -100,7 +88,6 @@ class ServedModel:
 __all__ = [
     "Backend",
     "GenerateCall",
-    "GroupStatus",
     "Placement",
     "Prediction",
     "ReplicaFailedError",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections import ChainMap
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.cluster.channel import GatewayFacts, ModelStatus
 from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.backend import ServedModel
@@ -19,7 +22,7 @@ from shoal.cluster.gateway.inbox import StepInbox
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.logs import adopt_serve_handlers
-from shoal.cluster.metrics import REPLICAS, HttpMetrics, Point, render
+from shoal.cluster.metrics import HttpMetrics, Snapshot
 from shoal.cluster.routing.mirror import Mirror
 from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
 from shoal.engine.tokenizer import Tokenizer
@@ -34,12 +37,17 @@ class Gateway:
         http: HttpSettings,
         replicas: Mapping[str, DeploymentHandle[object]],
         own_ip: str | None = None,
+        admin: DeploymentHandle[object] | None = None,
     ) -> None:
-        """`own_ip`: where this gateway receives tokens; None is its node's address."""
+        """`own_ip`: where this gateway receives tokens; None is its node's address. `admin` is not asked for anything:
+        naming it here makes it part of the application.
+        """
         adopt_serve_handlers()
+        self._label = str(serve.get_replica_context().rank.rank)
+        self._node = ray.util.get_node_ip_address()
         self._http = http
         self._http_metrics = HttpMetrics()
-        self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), take_peer_message)
+        self._inbox = StepInbox(own_ip or self._node, take_peer_message)
         self._inbox.start()
         self._mirror = Mirror(self._inbox.address, expire_mirrored)
         self._mirror.start()
@@ -85,21 +93,44 @@ class Gateway:
             self._models,
             admissions=self._admissions,
             max_body_bytes=self._http.max_body_bytes,
-            metrics_text=self._metrics_text,
         )
         return CountedApp(app, self._http_metrics)
 
-    async def _metrics_text(self) -> str:
-        """Measurements of all models' replicas and of this gateway."""
-        snapshots = await asyncio.gather(*(backend.snapshots() for backend in self._backends.values()))
-        reporting = (
-            Point(REPLICAS.name, (name,), float(len(snapshot)))
-            for name, snapshot in zip(self._backends, snapshots, strict=True)
-        )
+    # -- what Admin asks ---------------------------------------------------------------------------------------
+
+    async def facts(self) -> GatewayFacts:
+        return GatewayFacts(self._label, self._node, os.getpid())
+
+    async def metrics(self) -> tuple[str, Snapshot]:
+        """This gateway's label and its own measurements."""
         routing = (point for backend in self._backends.values() for point in backend.routing_snapshot())
         admitting = (point for name, one in self._admissions.items() for point in one.snapshot(name))
-        own = (*self._http_metrics.snapshot(), *reporting, *routing, *admitting)
-        return render(dict(ChainMap(*snapshots)), gateway=own)
+        return self._label, (*self._http_metrics.snapshot(), *routing, *admitting)
+
+    async def replica_metrics(self) -> dict[str, dict[str, Snapshot]]:
+        """Measurements of the replicas that answer, by model and `engine` label."""
+        snapshots = await asyncio.gather(*(backend.snapshots() for backend in self._backends.values()))
+        return dict(zip(self._backends, snapshots, strict=True))
+
+    async def status(self) -> list[ModelStatus]:
+        """Every model with all of its groups."""
+        groups = await asyncio.gather(*(self._backends[name].groups() for name in self._models))
+        return [
+            ModelStatus(model.name, model.max_model_len, tuple(of_model))
+            for model, of_model in zip(self._models.values(), groups, strict=True)
+        ]
+
+    async def explain(self) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+        """This gateway's label, and its last routing decisions by model, newest first."""
+        return self._label, {name: backend.explain() for name, backend in self._backends.items()}
+
+    async def timelines(self, limit: int) -> list[dict[str, Any]]:
+        """Of up to `limit` requests, the slowest first."""
+        return []
+
+    async def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """Of one request; None where this gateway does not know it."""
+        return None
 
 
 class CountedApp:

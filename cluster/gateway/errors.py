@@ -152,7 +152,8 @@ def _client_request_id(scope: Scope) -> str | None:
 
 def _from_http_exception(error: HTTPException) -> ApiError:
     messages = {
-        404: "no such route: this server answers under /v1/chat/completions, /v1/completions and /v1/models",
+        404: "no such route: this port answers under /v1/chat/completions, /v1/completions and /v1/models; metrics and "
+        "status are on the admin port",
         405: "this route does not answer that method",
     }
     return ApiError(

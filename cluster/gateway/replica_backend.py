@@ -18,7 +18,7 @@ from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, Replic
 from shoal.cluster.gateway.admission import RefusedError
 from shoal.cluster.gateway.backend import Placement, Prediction, ReplicaFailedError, ReplicaUnavailableError
 from shoal.cluster.gateway.inbox import CallInbox, StepInbox, TokensLostError
-from shoal.cluster.metrics import Snapshot, render
+from shoal.cluster.metrics import Snapshot
 from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.cluster.routing.policies import RoutedRequest
 from shoal.engine.request import RequestError, RequestOutput
@@ -104,7 +104,7 @@ class ReplicaBackend:
                     response.cancel()
 
     async def groups(self) -> list[GroupStatus]:
-        """Those that answer, and of the others what Serve says of them."""
+        """Every replica group: those that answer, and of the others what Serve says of them."""
         views = self._routing.views()
         answered: list[GroupStatus] = await self._ask_all("status")
         answers = [replace(group, routing=views.get(group.label)) for group in answered]
@@ -113,17 +113,13 @@ class ReplicaBackend:
         silent = [GroupStatus("not answering")] * others.pop("RUNNING")
         return answers + silent + [GroupStatus(state.lower()) for state in others.elements()]
 
-    async def snapshots(self) -> dict[tuple[str, str], Snapshot]:
-        """Measurements of the replicas that answer, by (model_name, engine)."""
+    async def snapshots(self) -> dict[str, Snapshot]:
+        """Measurements of the replicas that answer, by their `engine` label."""
         answers: list[tuple[str, Snapshot]] = await self._ask_all("metrics")
-        return {(self._model_name, label): snapshot for label, snapshot in answers}
-
-    async def metrics_text(self) -> str:
-        """Measurements of this model's replicas in Prometheus' text format."""
-        return render(await self.snapshots())
+        return dict(answers)
 
     def explain(self) -> list[dict[str, Any]]:
-        """See `Backend.explain`."""
+        """The last routing decisions, newest first, as plain data with each replica's cost."""
         return self._routing.explain()
 
     def routing_snapshot(self) -> Snapshot:

@@ -55,15 +55,13 @@ def build_app(
     *,
     admissions: Mapping[str, Admission] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
-    metrics_text: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
     """The gateway over `models` by name.
 
     `admissions`: who gets in, for models whose objectives and weights are not the defaults.
-    `metrics_text` gives the exposition for /metrics; by default the backends' own, one after the other.
     """
     app = FastAPI(title="Shoal", openapi_url=None)
-    gateway = _Gateway(models, admissions or {}, max_body_bytes, metrics_text)
+    gateway = _Gateway(models, admissions or {}, max_body_bytes)
     routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
         ("GET", "/v1/models", gateway.list_models),
         ("GET", "/v1/models/{name:path}", gateway.show_model),
@@ -73,9 +71,6 @@ def build_app(
         ("POST", "/detokenize", gateway.detokenize),
         ("GET", "/health", gateway.health),
         ("GET", "/ping", gateway.health),
-        ("GET", "/metrics", gateway.metrics),
-        ("GET", "/status", gateway.status),
-        ("GET", "/debug/routing", gateway.explain_routing),
         ("GET", "/version", gateway.version),
     )
     for method, path, endpoint in routes:
@@ -90,14 +85,12 @@ class _Gateway:
         models: Mapping[str, ServedModel],
         admissions: Mapping[str, Admission],
         max_body_bytes: int,
-        metrics_text: Callable[[], Awaitable[str]] | None,
     ) -> None:
         self._models = dict(models)
         self._admissions = {
             name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
         }
         self._max_body_bytes = max_body_bytes
-        self._metrics_text = metrics_text or self._backends_metrics
 
     async def chat(self, http: Request) -> Response:
         arrival = _arrival(http)
@@ -178,24 +171,8 @@ class _Gateway:
         await asyncio.gather(*(model.backend.check_health() for model in self._models.values()))
         return Response()
 
-    async def metrics(self, http: Request) -> Response:
-        return Response(await self._metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def status(self, http: Request) -> Response:
-        return _json({"models": await asyncio.gather(*map(_status, self._models.values()))})
-
-    async def explain_routing(self, http: Request) -> Response:
-        """The last decisions for the model that the query names, or for each."""
-        name = http.query_params.get("model")
-        models = self._models.values() if name is None else [self._model(name)]
-        return _json({"models": [{"name": model.name, "decisions": model.backend.explain()} for model in models]})
-
     async def version(self, http: Request) -> Response:
         return _json(VersionResponse(_own_version()))
-
-    async def _backends_metrics(self) -> str:
-        backends = {id(model.backend): model.backend for model in self._models.values()}
-        return "".join(await asyncio.gather(*(backend.metrics_text() for backend in backends.values())))
 
     async def _answer(
         self,
@@ -325,10 +302,6 @@ def _echo(prompt: str | list[int], model: ServedModel) -> str:
 
 def _card(model: ServedModel) -> ModelCard:
     return ModelCard(id=model.name, created=model.created, max_model_len=model.max_model_len, root=model.name)
-
-
-async def _status(model: ServedModel) -> dict[str, Any]:
-    return {"name": model.name, "max_model_len": model.max_model_len, "groups": await model.backend.groups()}
 
 
 def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:

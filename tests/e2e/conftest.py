@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from shoal.cluster.commands.serve import free_ports
 
 START_TIMEOUT_S = 180.0  # on a busy two-core machine
 STOP_TIMEOUT_S = 40.0
@@ -22,14 +23,14 @@ class Server:
     """`shoal serve` with these arguments, in a session of its own as a terminal would give it."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port, admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
         self._log = log
+        ports = ("--port", str(self.port), "--admin-port", str(admin_port))
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.cluster.cli", "serve", "--port", str(self.port), *arguments],
+                [sys.executable, "-m", "shoal.cluster.cli", "serve", *ports, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

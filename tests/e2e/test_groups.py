@@ -123,7 +123,7 @@ def until_answering(server: Any) -> str:
 
 
 def ranks(server: Any) -> list[dict[str, Any]]:
-    with urllib.request.urlopen(f"{server.url}/status", timeout=10) as response:
+    with urllib.request.urlopen(f"{server.admin_url}/status", timeout=10) as response:
         (model,) = json.load(response)["models"]
     found: list[dict[str, Any]] = model["groups"][0]["ranks"]
     return found

@@ -149,6 +149,7 @@ models:
     engine: {{num_threads: 1, kv_memory: 256MiB, device: cpu}}
 gateway_labels: {{role: head}}
 http: {{host: 0.0.0.0, port: {PORT}}}
+admin: {{host: 0.0.0.0}}
 ray: {{address: "ADDRESS"}}
 """
 
@@ -159,6 +160,7 @@ class Cluster:
     def __init__(self, hosts: Hosts, folder: Path) -> None:
         self.head, *self.others = hosts
         self.url = f"http://{self.head.address}:{PORT}"
+        self.admin_url = f"http://{self.head.address}:{PORT + 1}"
         self._address = f"{self.head.address}:6379"
         self._folder = folder
 
@@ -192,7 +194,7 @@ class Cluster:
 
     def group_hosts(self) -> dict[int, Host]:
         """The host of each stage of the running group."""
-        with urllib.request.urlopen(f"{self.url}/status", timeout=30) as response:
+        with urllib.request.urlopen(f"{self.admin_url}/status", timeout=30) as response:
             (model,) = json.load(response)["models"]
         (group,) = [group for group in model["groups"] if group["state"] == "running"]
         return {

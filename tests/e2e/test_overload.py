@@ -32,7 +32,7 @@ def prompt(number: int, length: int = 200) -> list[int]:
     return [100 + (number * 7919 + place * 31) % 40_000 for place in range(length)]
 
 
-async def test_what_cannot_be_in_time_is_refused_at_once_and_the_rest_is_finished(url: str) -> None:
+async def test_what_cannot_be_in_time_is_refused_at_once_and_the_rest_is_finished(url: str, server) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
         async def ask(number: int, headers: dict[str, str]) -> tuple[httpx.Response, float]:
@@ -45,7 +45,7 @@ async def test_what_cannot_be_in_time_is_refused_at_once_and_the_rest_is_finishe
         hasty = await asyncio.gather(*(ask(100 + number, {"x-slo-ttft-ms": "5"}) for number in range(8)))
         num_open = sum(not task.done() for task in patient)
         finished = await asyncio.gather(*patient)
-        metrics = (await client.get("/metrics")).text
+        metrics = (await client.get(f"{server.admin_url}/metrics")).text
 
     assert num_open > 0, "the server was busy all the time"
     for answer, seconds in hasty:
@@ -56,7 +56,7 @@ async def test_what_cannot_be_in_time_is_refused_at_once_and_the_rest_is_finishe
     for answer, _ in finished:
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 8
-    name = f'shoal:requests_refused_total{{model_name="{EMBEDDED_MODEL}",reason="objective_unreachable"}}'
+    name = f'shoal:requests_refused_total{{gateway="0",model_name="{EMBEDDED_MODEL}",reason="objective_unreachable"}}'
     assert f"{name} 8.0" in metrics
 
 

@@ -51,7 +51,7 @@ def get(url: str) -> Any:
 
 
 def groups(server: Any) -> list[dict[str, Any]]:
-    return list(get(f"{server.url}/status")["models"][0]["groups"])
+    return list(get(f"{server.admin_url}/status")["models"][0]["groups"])
 
 
 def test_prompts_that_begin_alike_meet_and_others_go_elsewhere(server: Any) -> None:
@@ -65,7 +65,7 @@ def test_prompts_that_begin_alike_meet_and_others_go_elsewhere(server: Any) -> N
 
 def test_the_last_decisions_are_explained_with_each_candidates_cost(server: Any) -> None:
     complete(server.url, f"{FIRST}x")
-    (model,) = get(f"{server.url}/debug/routing")["models"]
+    (model,) = get(f"{server.admin_url}/debug/routing")["models"]
     decision = model["decisions"][0]
     costs = {candidate["replica"]: candidate["cost_s"] for candidate in decision["candidates"]}
     assert len(costs) == 2

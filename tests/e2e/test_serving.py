@@ -9,6 +9,7 @@ import os
 import random
 import re
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,7 +152,7 @@ async def test_an_abort_storm_leaves_nothing_behind(server) -> None:
             await stream.close()
 
         await asyncio.gather(*(open_and_drop() for _ in range(40)))
-    left = await asyncio.to_thread(_wait_until_idle, server.url)
+    left = await asyncio.to_thread(_wait_until_idle, server.admin_url)
     assert left["vllm:kv_cache_usage_perc"] == 0
     assert left["vllm:request_success_total"] > 0
 
@@ -179,7 +180,7 @@ def test_clients_that_leave_before_the_answer_cost_the_proxy_nothing(server) -> 
         client.close()
         time.sleep(0.7)
     assert haproxy_seconds(server) - before < 0.5
-    assert samples(server.url)["vllm:num_requests_running"] == 0
+    assert samples(server.admin_url)["vllm:num_requests_running"] == 0
 
 
 def haproxy_seconds(server) -> float:
@@ -193,7 +194,7 @@ def haproxy_seconds(server) -> float:
 
 def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
     ask(client, max_tokens=4)
-    found = samples(server.url)
+    found = samples(server.admin_url)
     names = {metric.name + SUFFIX[metric.kind] for metric in metrics.METRICS.values()}
     assert names - found.keys() == UNUSED
     assert found["vllm:generation_tokens_total"] >= 4
@@ -202,7 +203,7 @@ def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
 
 def test_dashboards_and_rules_ask_for_what_it_has(server, client: openai.OpenAI) -> None:
     ask(client, max_tokens=4)
-    found = samples(server.url)
+    found = samples(server.admin_url)
     deploy = Path(__file__).resolve().parents[2] / "deploy"
     boards = [json.loads(path.read_text()) for path in (deploy / "grafana/dashboards").glob("*.json")]
     queries = [target["expr"] for board in boards for panel in board["panels"] for target in panel.get("targets", ())]
@@ -221,8 +222,47 @@ def test_chat_and_status_talk_to_it(server, capsys: pytest.CaptureFixture[str]) 
     message = str(QUESTION[0]["content"])
     assert cli.main(["chat", "--url", server.url, "-m", message, "--temperature", "0", "--max-tokens", "24"]) == 0
     assert "Paris" in capsys.readouterr().out
-    assert cli.main(["status", "--url", server.url]) == 0
+    assert cli.main(["status", "--url", server.admin_url]) == 0
     assert f"{EMBEDDED_MODEL} (up to 8192 tokens): 1 replica(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/debug/routing", "/debug/requests"])
+def test_what_is_for_operators_is_on_the_admin_port_only(server, path: str) -> None:
+    with urllib.request.urlopen(f"{server.admin_url}{path}", timeout=30) as answer:
+        assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(f"{server.url}{path}", timeout=30)
+    assert error.value.code == 404
+
+
+def test_the_playgrounds_way_is_that_of_any_client(server) -> None:
+    body = {"model": EMBEDDED_MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
+    headers = {"content-type": "application/json", "origin": server.admin_url}
+    request = urllib.request.Request(f"{server.admin_url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        assert answer.headers["x-shoal-replica"] == "0"
+
+
+def test_a_killed_admin_disturbs_no_stream_and_comes_back(server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=EMBEDDED_MODEL, prompt="Count:", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    server.kill_one("ray::ServeReplica:shoal:admin")
+    assert client.models.list().data[0].id == EMBEDDED_MODEL
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{server.admin_url}/health", timeout=5) as answer:
+                if json.load(answer)["gateways"] == 1:
+                    return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_killed_replica_fails_its_calls_at_once_and_comes_back(server, client: openai.OpenAI) -> None:

@@ -56,6 +56,15 @@ def test_serve_routes_with_the_models_policy_and_lets_its_replicas_drain() -> No
     assert application._bound_deployment._deployment_config.graceful_shutdown_timeout_s == 42
 
 
+def test_one_admin_is_part_of_the_application_and_runs_on_the_head_node() -> None:
+    application = build_app(parse_config({"http": {"port": 9000}, "admin": {"host": "0.0.0.0"}}))
+    admin = application._bound_deployment.init_kwargs["admin"]._bound_deployment
+    assert admin.num_replicas == 1
+    assert admin._replica_config.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
+    settings, port, http = admin.init_args
+    assert (settings.host, port, http.port) == ("0.0.0.0", 9001, 9000)
+
+
 def test_a_policy_that_cannot_be_made_is_refused_when_the_application_is_built() -> None:
     with pytest.raises(ConfigError, match=r"no routing policy 'random'.*prefix_aware"):
         build_app(parse_config({"models": [{"routing": "random"}]}))

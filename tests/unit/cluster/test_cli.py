@@ -17,7 +17,8 @@ import pytest
 
 from shoal.cluster import cli
 from shoal.cluster.channel import GroupStatus, Progress
-from shoal.cluster.commands.serve import announcement, base_url, check_port
+from shoal.cluster.commands.serve import announcement, check_port
+from shoal.cluster.config import base_url
 from shoal.cluster.gateway.responses import encode
 from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
@@ -34,7 +35,7 @@ DRAFTS = DraftCounts(1, 5, (1, 1, 1, 0, 0))
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Answers as a gateway does; remembers the bodies it was sent."""
+    """Answers as a gateway and the admin port do; remembers the bodies it was sent."""
 
     bodies: list[dict[str, Any]] = []  # noqa: RUF012  (the fixture empties it)
     groups: tuple[GroupStatus, ...] = (GroupStatus("running", "0", num_blocks=9, block_size=16, ranks=RANKS),)
@@ -136,6 +137,8 @@ def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
     [
         (["no/such/model"], "there is no no/such/model"),
         (["--port", "0"], "http.port"),
+        (["--port", "65535"], "admin.port would be 65536, the one after http.port"),
+        (["--port", "9000", "--admin-port", "9000"], "admin.port and http.port are both 9000"),
         (["--kv-memory", "much"], "'much' is no amount of memory"),
         (["--dtype", "int3"], "dtype 'int3' is not known"),
         (["--max-model-len", "1000000"], "max_model_len 1000000 is longer than the 8192 positions"),
@@ -149,7 +152,8 @@ def test_labels_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_what_cannot_work_is_refused_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["serve", *(["--port", str(_free_port())] if "--port" not in arguments else []), *arguments]) == 2
+    ports = [] if "--port" in arguments else ["--port", str(_free_port()), "--admin-port", str(_free_port())]
+    assert cli.main(["serve", *ports, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("shoal: error: ")
@@ -157,19 +161,23 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "ray" not in error
 
 
-def test_a_port_in_use_is_refused_with_the_way_out() -> None:
+def test_a_port_in_use_is_refused_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port} .*--port"):
             check_port("127.0.0.1", port)
+        assert cli.main(["serve", "--port", str(_free_port()), "--admin-port", str(port)]) == 2
+        assert f"127.0.0.1:{port}" in (error := capsys.readouterr().err)
+        assert "choose another admin.port with --admin-host or --admin-port" in error
     check_port("127.0.0.1", port)
 
 
 def test_the_announcement_can_be_pasted() -> None:
-    text = announcement(base_url("0.0.0.0", 8000), "m", 12.34)
+    text = announcement(base_url("0.0.0.0", 8000), base_url("127.0.0.1", 8001), "m", 12.34)
     assert "ready after 12.3 s" in text
+    assert "http://127.0.0.1:8001\n" in text
     command = next(line for line in text.splitlines() if "curl" in line).split(" -d ")
     assert "http://127.0.0.1:8000/v1/chat/completions" in command[0]
     assert json.loads(command[1].strip("'"))["model"] == "m"

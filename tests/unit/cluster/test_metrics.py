@@ -106,7 +106,7 @@ def test_drafts_are_counted_by_position() -> None:
 
 def test_many_replicas_make_one_family_each() -> None:
     snapshot = ReplicaMetrics().snapshot(EngineStats())
-    text = render({(model, str(i)): snapshot for model in "ab" for i in range(3)}, HttpMetrics().snapshot())
+    text = render({(model, str(i)): snapshot for model in "ab" for i in range(3)}, {"0": HttpMetrics().snapshot()})
     types = [line for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(types) == len(set(types))
     running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
@@ -155,13 +155,14 @@ def test_http_answers_are_counted_by_route() -> None:
     http = HttpMetrics()
     for status in (200, 200, 404):
         http.observe(handler="/v1/models", method="GET", status=status, seconds=0.2)
-    text = render({}, http.snapshot())
-    assert 'shoal:http_requests_total{handler="/v1/models",method="GET",status="200"} 2.0' in text
-    assert 'shoal:http_request_duration_seconds_count{handler="/v1/models",method="GET"} 3.0' in text
+    text = render({}, {"1": http.snapshot()})
+    assert 'shoal:http_requests_total{gateway="1",handler="/v1/models",method="GET",status="200"} 2.0' in text
+    assert 'shoal:http_request_duration_seconds_count{gateway="1",handler="/v1/models",method="GET"} 3.0' in text
 
 
 def test_every_name_is_listed_once() -> None:
-    names = [metric.name for metric in metrics.REPLICA_METRICS + metrics.GATEWAY_METRICS]
+    listed = (*metrics.REPLICA_METRICS, *metrics.GATEWAY_METRICS, *metrics.CLUSTER_METRICS)
+    names = [metric.name for metric in listed]
     assert len(names) == len(set(names))
     assert all(name.startswith(("vllm:", "shoal:")) for name in names)
 

@@ -10,15 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from shoal.cluster.gateway.backend import GenerateCall, GroupStatus, Placement, Prediction, ServedModel
+from shoal.cluster.gateway.backend import GenerateCall, Placement, Prediction, ServedModel
 from shoal.cluster.gateway.routes import build_app
-from shoal.engine.executor import RankInfo
 from shoal.engine.request import FinishReason, RequestOutput, RequestTimes, TokenLogprobs
 from shoal.engine.tokenizer import Tokenizer
 
 MODEL = "smollm2"
 MAX_MODEL_LEN = 512
-RANK = RankInfo(0, 0, "10.0.0.1", 11, "AMD EPYC", 0, 15, weight_bytes=1, kv_bytes=2)
 
 
 class PlayedBackend:
@@ -85,12 +83,6 @@ class PlayedBackend:
 
     def placement(self, call: GenerateCall) -> Placement | None:
         return self.placed if call in self.calls else None
-
-    async def groups(self) -> list[GroupStatus]:
-        return [GroupStatus("running", "0", 8, 16, (RANK,)), GroupStatus("starting")]
-
-    async def metrics_text(self) -> str:
-        return "vllm:num_requests_running 0.0\n"
 
     async def check_health(self) -> None:
         if self.error is not None:

@@ -107,17 +107,8 @@ class Replicas:
         (sample_id,) = call.sample_ids
         return [RequestOutput(sample_id, (1,) * num_tokens, (), reason, num_cached_tokens=self._num_cached)]
 
-    async def groups(self) -> list[Any]:
-        return []
-
-    async def metrics_text(self) -> str:
-        return ""
-
     async def check_health(self) -> None:
         return None
-
-    def explain(self) -> list[dict[str, Any]]:
-        return []
 
 
 class Outcome(NamedTuple):

@@ -328,21 +328,15 @@ async def test_health_follows_the_backend(client, backend, path) -> None:
     assert answer.headers["retry-after"] == "7"
 
 
-async def test_metrics_and_version(client, served) -> None:
-    metrics = await client.get("/metrics")
-    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert metrics.text == "vllm:num_requests_running 0.0\n"
+async def test_the_version_is_told(client) -> None:
     assert (await client.get("/version")).json()["version"]
-    (status,) = (await client.get("/status")).json()["models"]
-    assert (status["name"], [group["state"] for group in status["groups"]]) == ("smollm2", ["running", "starting"])
-    assert status["groups"][0]["ranks"][0]["node"] == "10.0.0.1"
 
-    async def own_metrics() -> str:
-        return "shoal:steps_total 1\n"
 
-    app = build_app({"smollm2": served}, metrics_text=own_metrics)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as other:
-        assert (await other.get("/metrics")).text == "shoal:steps_total 1\n"
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/debug/routing", "/debug/requests", "/api/history"])
+async def test_what_is_for_operators_is_not_on_the_public_port(client, path) -> None:
+    answer = await client.get(path)
+    assert answer.status_code == 404
+    assert "admin port" in answer.json()["error"]["message"]
 
 
 async def test_request_id_is_echoed_or_made(client) -> None:

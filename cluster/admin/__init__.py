@@ -1,0 +1,1 @@
+"""The operators' port: status page, metrics and explanations of all gateways and replicas, and a playground."""
