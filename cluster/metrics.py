@@ -369,10 +369,10 @@ def render(
     families: dict[str, Family] = {}
     for owner, snapshot in replicas.items():
         for point in snapshot:
-            _add_point(families, point, ("model_name", "engine"), owner)
+            _add_point(families, point, REPLICA_LABELS, owner)
     for label, snapshot in (gateways or {}).items():
         for point in snapshot:
-            _add_point(families, point, ("gateway",), (label,))
+            _add_point(families, point, GATEWAY_LABELS, (label,))
     for point in cluster:
         _add_point(families, point, (), ())
     registry = CollectorRegistry(auto_describe=False)

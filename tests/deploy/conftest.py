@@ -16,14 +16,11 @@ import pytest
 from shoal.cluster.metrics import (
     AUTH_METRICS,
     CLUSTER_METRICS,
-    GATEWAY_LABELS,
     GATEWAY_METRICS,
-    METRICS,
     REPLICA_METRICS,
     Distribution,
     Metric,
     Point,
-    Snapshot,
     render,
 )
 
@@ -75,37 +72,23 @@ def promtool() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def scrape() -> Callable[[int], str]:
     """The n-th of a row of scrapes in which every metric has values and every counter grows."""
-    return lambda n: scraped(_replica(n), _gateway(n))
+    return _scraped
 
 
-def scraped(replica: Snapshot, gateway: Snapshot) -> str:
+def _scraped(n: int) -> str:
     """The exposition of two replicas and a gateway, with the labels that a scraper adds."""
-    own = {metric.name for metric in GATEWAY_METRICS + AUTH_METRICS}
-    lines = []
-    for line in render({(MODEL, engine): replica for engine in VALUES["engine"]}, gateway).splitlines():
-        if line.startswith("#"):
-            continue
-        series, _, value = line.rpartition(" ")
-        name, _, labels = series.partition("{")
-        added = 'job="shoal",instance="a:8001"'
-        if _family(name) in own and not any(f'{label}="' in labels for label in GATEWAY_LABELS):
-            added += "".join(f',{label}="g0"' for label in GATEWAY_LABELS)
-        lines.append(f"{name}{{{added}{labels and ','}{labels or '}'} {value}")
-    return "\n".join(lines) + "\n"
+    replica, gateway, cluster = (
+        tuple(point for metric in of for point in _points(metric, n))
+        for of in (REPLICA_METRICS, GATEWAY_METRICS + AUTH_METRICS, CLUSTER_METRICS)
+    )
+    text = render({(MODEL, engine): replica for engine in VALUES["engine"]}, {"g0": gateway}, cluster)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return "".join(re.sub(r"({| )", _add_labels, line, count=1) + "\n" for line in lines)
 
 
-def _family(sample: str) -> str:
-    return next(name for suffix in ("", "_total", "_count", "_sum", "_bucket")
-                if (name := sample.removesuffix(suffix)) in METRICS)  # fmt: skip
-
-
-def _replica(n: int) -> Snapshot:
-    return tuple(point for metric in REPLICA_METRICS for point in _points(metric, n))
-
-
-def _gateway(n: int) -> Snapshot:
-    of = GATEWAY_METRICS + AUTH_METRICS + CLUSTER_METRICS
-    return tuple(point for metric in of for point in _points(metric, n))
+def _add_labels(end_of_name: re.Match[str]) -> str:
+    added = 'job="shoal",instance="a:8001"'
+    return f"{{{added}," if end_of_name[0] == "{" else f"{{{added}}} "
 
 
 def _points(metric: Metric, n: int) -> Iterator[Point]:

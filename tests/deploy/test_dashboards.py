@@ -122,7 +122,7 @@ def test_queries_name_what_is_measured(panel_queries: list[tuple[str, str]]) -> 
     http.observe(handler="/v1/models", method="GET", status=200, seconds=0.1)
     with closing(ModelRouting("replica")) as routing:
         gateway = (*http.snapshot(), *admission.snapshot("m"), *routing.snapshot("m"))
-    text = metrics.render({("m", "0"): ReplicaMetrics().snapshot(EngineStats())}, gateway)
+    text = metrics.render({("m", "0"): ReplicaMetrics().snapshot(EngineStats())}, {"g0": gateway})
     measured = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     asked = {name for _, query in panel_queries for name in re.findall(r"(?:vllm|shoal):\w+", query)}
     assert len(measured & asked) > 40
