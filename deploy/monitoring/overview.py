@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from monitoring.grafana import ITL_OBJECTIVE, TTFT_OBJECTIVE, Dashboard, Panel, Query, Row
-from monitoring.query import By, Expr, largest, quantile, rate, ratio, share_within, total, value
+from monitoring.query import By, Expr, increase, largest, quantile, rate, ratio, share_within, total, value
 from shoal.cluster import metrics
 from shoal.cluster.metrics import Metric
 
@@ -31,6 +31,7 @@ def cost_of_million(metric: Metric, by: By = ()) -> Expr:
 
 
 REPLICAS = largest(value(metrics.REPLICAS), MODEL)
+RESTARTS = largest(increase(metrics.GROUP_RESTARTS, ("model_name", "gateway"), over="1h"), MODEL)
 HIT_RATE = ratio(rate(metrics.PREFIX_HITS, MODEL), rate(metrics.PREFIX_QUERIES, MODEL))
 ACCEPTANCE = ratio(rate(metrics.SPEC_ACCEPTED, MODEL), rate(metrics.SPEC_DRAFT_TOKENS, MODEL))
 
@@ -67,9 +68,9 @@ TRAFFIC = Row("Traffic", (
         Query(rate(metrics.GENERATION_TOKENS, MODEL), "out, {{model_name}}"),
     )),
     Panel("Replicas reporting", "short", (Query(REPLICAS, "{{model_name}}"),)),
-    Panel("Group restarts", "suffix: /s",
-          (Query(largest(rate(metrics.GROUP_RESTARTS, ("model_name", "gateway")), MODEL), "{{model_name}}"),),
-          "A group starts anew when a rank of it died or hung; its running requests fail."),
+    Panel("Group restarts", "short", (Query(RESTARTS, "{{model_name}}"),),
+          "Within an hour. A group starts anew when a rank of it died or hung; its running requests fail.",
+          thresholds=((3, "red"),)),
 ))  # fmt: skip
 
 LATENCY = Row("Latency", (
