@@ -11,7 +11,7 @@ import dashboards
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy/prometheus"
 TESTS = sorted((FOLDER / "tests").glob("*.yaml"))
 
