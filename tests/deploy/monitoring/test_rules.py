@@ -89,6 +89,13 @@ def test_the_runbook_names_panels_and_alerts_that_there_are() -> None:
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= anchors
 
 
+def test_groups_of_both_files_have_names_of_their_own() -> None:
+    """The chart puts them into one PrometheusRule."""
+    files = [yaml.safe_load((FOLDER / file).read_text()) for file in ("rules.yaml", "alerts.yaml")]
+    names = [group["name"] for file in files for group in file["groups"]]
+    assert len(names) == len(set(names)) == 8
+
+
 def test_recordings_are_named_as_prometheus_advises() -> None:
     names = [rule["record"] for rule in rules("rules.yaml")]
     assert len(names) == len(set(names))
