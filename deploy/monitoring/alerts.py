@@ -117,10 +117,10 @@ def recordings(objectives: Objectives) -> Mapping[str, tuple[Recording, ...]]:
 def alerts(objectives: Objectives) -> Mapping[str, tuple[Alert, ...]]:
     """By group."""
     return {
-        "shoal.availability": AVAILABILITY,
-        "shoal.latency": _latency(objectives),
-        "shoal.capacity": CAPACITY,
-        "shoal.efficiency": EFFICIENCY,
+        "shoal.alerts.availability": AVAILABILITY,
+        "shoal.alerts.latency": _latency(objectives),
+        "shoal.alerts.capacity": CAPACITY,
+        "shoal.alerts.efficiency": EFFICIENCY,
     }
 
 

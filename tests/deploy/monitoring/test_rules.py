@@ -11,7 +11,7 @@ import dashboards
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy/prometheus"
 TESTS = sorted((FOLDER / "tests").glob("*.yaml"))
 
@@ -87,6 +87,13 @@ def test_the_runbook_names_panels_and_alerts_that_there_are() -> None:
     assert set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", text)) <= titles | boards
     anchors = {rule["alert"].lower() for rule in rules("alerts.yaml")}
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= anchors
+
+
+def test_groups_of_both_files_have_names_of_their_own() -> None:
+    """The chart puts them into one PrometheusRule."""
+    files = [yaml.safe_load((FOLDER / file).read_text()) for file in ("rules.yaml", "alerts.yaml")]
+    names = [group["name"] for file in files for group in file["groups"]]
+    assert len(names) == len(set(names)) == 8
 
 
 def test_recordings_are_named_as_prometheus_advises() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGURATION = ROOT / "deploy/prometheus"
 START_TIMEOUT_S = 30.0
 SPACING_S, NUM_SCRAPES = 60, 12  # of the past that it begins with: enough for rates over 5 minutes

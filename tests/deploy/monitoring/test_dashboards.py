@@ -23,7 +23,7 @@ from shoal.cluster.metrics import METRICS, HttpMetrics, ReplicaMetrics
 from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.engine.request import EngineStats
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 # Metrics that no panel shows -> why.
 NOT_SHOWN: dict[str, str] = {}

@@ -24,7 +24,7 @@ from shoal.cluster.metrics import (
     render,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "deploy"))  # as `python deploy/dashboards.py` has it
 
 # Values of labels in made-up scrapes. Of a label not named here, there is one.
