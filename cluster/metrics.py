@@ -39,7 +39,11 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Of each replica. Labels model_name and engine come first.
+# Labels of every metric of a replica and of a gateway, before its own; those of the cluster have their own only.
+REPLICA_LABELS = ("model_name", "engine")
+GATEWAY_LABELS = ("gateway",)
+
+# Of each replica.
 RUNNING = Metric("vllm:num_requests_running", "gauge", "Requests that hold KV blocks.")
 WAITING = Metric("vllm:num_requests_waiting", "gauge", "Requests waiting to be admitted.")
 KV_USAGE = Metric("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks held by running requests, 0 to 1.")
@@ -112,6 +116,17 @@ MESSAGES_DROPPED = Metric(
 )
 
 # Of a gateway. The label gateway comes first.
+GATEWAY_TOKENS = Metric(
+    "shoal:gateway_tokens", "counter", "Tokens of calls of this gateway, a prompt's from its first token on.",
+    ("model_name", "kind"),
+)  # fmt: skip
+GROUP_RESTARTS = Metric(
+    "shoal:group_restarts", "counter",
+    "Replica groups that were lost, and not taken down in order, as this gateway saw it: of several gateways take the "
+    "largest.",
+    ("model_name",),
+)  # fmt: skip
+TRACES = Metric("shoal:traces", "counter", "Timelines for the trace collector.", ("result",))
 HTTP_REQUESTS = Metric("shoal:http_requests", "counter", "HTTP answers sent.", ("handler", "method", "status"))
 HTTP_OPEN = Metric("shoal:http_requests_open", "gauge", "HTTP requests being answered.")
 HTTP_SECONDS = Metric(
@@ -127,18 +142,6 @@ GATEWAY_QUEUE_SECONDS = Metric(
 REQUESTS_REFUSED = Metric(
     "shoal:requests_refused", "counter", "Calls refused because there was too much to do.", ("model_name", "reason")
 )
-
-GATEWAY_TOKENS = Metric(
-    "shoal:gateway_tokens", "counter", "Tokens of calls of this gateway, a prompt's from its first token on.",
-    ("model_name", "kind"),
-)  # fmt: skip
-GROUP_RESTARTS = Metric(
-    "shoal:group_restarts", "counter",
-    "Replica groups that were lost, and not taken down in order, as this gateway saw it: of several gateways take the "
-    "largest.",
-    ("model_name",),
-)  # fmt: skip
-TRACES = Metric("shoal:traces", "counter", "Timelines for the trace collector.", ("result",))
 
 # Of a gateway's API keys. Tenants are those of the keys file.
 AUTH_REFUSALS = Metric(
@@ -381,10 +384,10 @@ def render(
     families: dict[str, Family] = {}
     for owner, snapshot in replicas.items():
         for point in snapshot:
-            _add_point(families, point, ("model_name", "engine"), owner)
+            _add_point(families, point, REPLICA_LABELS, owner)
     for label, snapshot in (gateways or {}).items():
         for point in snapshot:
-            _add_point(families, point, ("gateway",), (label,))
+            _add_point(families, point, GATEWAY_LABELS, (label,))
     for point in cluster:
         _add_point(families, point, (), ())
     registry = CollectorRegistry(auto_describe=False)

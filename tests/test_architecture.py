@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("kernels", "engine", "cluster")
-BESIDE = ("tests", "bench", "examples")  # use the source, are used by nothing
+BESIDE = ("tests", "bench", "examples", "deploy")  # use the source, are used by nothing
 
 FACTS = {"engine.config", "engine.request", "engine.plan", "engine.spans"}
 ENGINE_FACE = FACTS | {
@@ -289,12 +289,16 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
 def test_tests_and_benchmarks_import_only_what_is_declared() -> None:
     by_package = importlib.metadata.packages_distributions()
     declared = requirements(has_dev=True) | {"shoal"}
-    siblings = {path.stem for path in python_files("bench")}
+    siblings = {
+        "bench": {path.stem for path in python_files("bench")},
+        "deploy": {"dashboards", "monitoring"},  # of deploy/ and tests/deploy/
+    }
     wrong = []
     for path in python_files(*BESIDE):
         for found in imports_in(str(path.relative_to(ROOT)), path.read_text()):
             package = found.target.partition(".")[0]
-            is_known = package in sys.stdlib_module_names or (path.parent.name == "bench" and package in siblings)
+            beside = {name for folder, names in siblings.items() if folder in path.parts for name in names}
+            is_known = package in sys.stdlib_module_names or package in beside
             if not is_known and not distributions(package, by_package) & declared:
                 wrong.append(str(found))
     assert not wrong, "\n".join(wrong)

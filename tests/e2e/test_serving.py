@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.cluster import cli, metrics
@@ -23,6 +25,9 @@ from shoal.engine.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
+SUFFIX = {"gauge": "", "counter": "_total", "histogram": "_count"}
+# Names in a scrape of metrics that this server has no use for: it has no keys, no price and no collector of traces.
+UNUSED = {metric.name + SUFFIX[metric.kind] for metric in (*metrics.AUTH_METRICS, metrics.COST, metrics.TRACES)}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -190,11 +195,27 @@ def haproxy_seconds(server) -> float:
 def test_every_metric_is_there(server, client: openai.OpenAI) -> None:
     ask(client, max_tokens=4)
     found = samples(server.admin_url)
-    suffix = {"gauge": "", "counter": "_total", "histogram": "_count"}
-    missing = [name for name, metric in metrics.METRICS.items() if name + suffix[metric.kind] not in found]
-    assert not missing
+    names = {metric.name + SUFFIX[metric.kind] for metric in metrics.METRICS.values()}
+    assert names - found.keys() == UNUSED
     assert found["vllm:generation_tokens_total"] >= 4
     assert found["vllm:time_to_first_token_seconds_count"] >= 1
+
+
+def test_dashboards_and_rules_ask_for_what_it_has(server, client: openai.OpenAI) -> None:
+    ask(client, max_tokens=4)
+    found = samples(server.admin_url)
+    deploy = Path(__file__).resolve().parents[2] / "deploy"
+    boards = [json.loads(path.read_text()) for path in (deploy / "grafana/dashboards").glob("*.json")]
+    queries = [target["expr"] for board in boards for panel in board["panels"] for target in panel.get("targets", ())]
+    queries += [
+        rule["expr"]
+        for file in ("rules.yaml", "alerts.yaml")
+        for group in yaml.safe_load((deploy / "prometheus" / file).read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    asked = {name for query in queries for name in re.findall(r"(?:vllm|shoal):\w+(?![\w:])", query)}
+    assert len(asked) > 60
+    assert asked - found.keys() == UNUSED
 
 
 def test_chat_and_status_talk_to_it(server, capsys: pytest.CaptureFixture[str]) -> None:
