@@ -6,16 +6,20 @@ import asyncio
 import time
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
 import ray
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.cluster.channel import DrainState
 from shoal.cluster.config import HttpSettings, ModelSettings, locate_model
 from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.readiness import DrainableApp
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
 from shoal.cluster.logs import adopt_serve_handlers
@@ -23,6 +27,8 @@ from shoal.cluster.metrics import REPLICAS, HttpMetrics, Point, render
 from shoal.cluster.routing.mirror import Mirror
 from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
 from shoal.engine.tokenizer import Tokenizer
+
+FACTS_PERIOD_S: Final = 1.0
 
 
 class Gateway:
@@ -38,6 +44,7 @@ class Gateway:
         """`own_ip`: where this gateway receives tokens; None is its node's address."""
         adopt_serve_handlers()
         self._http = http
+        self._drain_timeout_s = max(model.drain_timeout for model in models)
         self._http_metrics = HttpMetrics()
         self._inbox = StepInbox(own_ip or ray.util.get_node_ip_address(), take_peer_message)
         self._inbox.start()
@@ -51,6 +58,27 @@ class Gateway:
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
         self._admissions = {model.name: self._admission(model) for model in models}
+        self._refresh = asyncio.create_task(self._keep_facts())
+
+    async def drain(self, node_id: str | None = None, is_over: bool = False) -> DrainState:
+        """Take no more requests, and answer how many are open. With `node_id`, only the gateways on that node do.
+        `is_over` cuts off those that are still open.
+        """
+        app = self._app
+        if node_id in (None, ray.get_runtime_context().get_node_id()):
+            app.is_draining = True
+            if is_over:
+                app.cut_off()
+        return DrainState(app.is_draining, app.num_open, self._drain_timeout_s)
+
+    async def _keep_facts(self) -> None:
+        """Replicas of an update may take longer prompts than those before them, or shorter ones."""
+        while True:
+            await asyncio.sleep(FACTS_PERIOD_S)
+            for name, model in self._models.items():
+                length = self._backends[name].max_model_len
+                if length not in (None, model.max_model_len):
+                    self._models[name] = replace(model, max_model_len=length)
 
     def _routing(self, model: ModelSettings, handle: DeploymentHandle[object]) -> ModelRouting:
         routing = routing_of(handle.app_name, handle.deployment_name, model.routing.policy, dict(model.routing.options))
@@ -87,7 +115,8 @@ class Gateway:
             max_body_bytes=self._http.max_body_bytes,
             metrics_text=self._metrics_text,
         )
-        return CountedApp(app, self._http_metrics)
+        self._app = DrainableApp(CountedApp(app, self._http_metrics))
+        return self._app
 
     async def _metrics_text(self) -> str:
         """Measurements of all models' replicas and of this gateway."""

@@ -23,6 +23,7 @@ from shoal.cluster.gateway.errors import ApiError, from_validation, install_erro
 from shoal.cluster.gateway.fairness import tenant_of
 from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
 from shoal.cluster.gateway.generation import Generation, collect
+from shoal.cluster.gateway.readiness import Readiness
 from shoal.cluster.gateway.responses import (
     Completion,
     DetokenizeResponse,
@@ -57,7 +58,7 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics_text: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
-    """The gateway over `models` by name.
+    """The gateway over `models` by name, as they are when a request comes.
 
     `admissions`: who gets in, for models whose objectives and weights are not the defaults.
     `metrics_text` gives the exposition for /metrics; by default the backends' own, one after the other.
@@ -72,7 +73,7 @@ def build_app(
         ("POST", "/tokenize", gateway.tokenize),
         ("POST", "/detokenize", gateway.detokenize),
         ("GET", "/health", gateway.health),
-        ("GET", "/ping", gateway.health),
+        ("GET", "/ping", gateway.ping),
         ("GET", "/metrics", gateway.metrics),
         ("GET", "/status", gateway.status),
         ("GET", "/debug/routing", gateway.explain_routing),
@@ -92,7 +93,8 @@ class _Gateway:
         max_body_bytes: int,
         metrics_text: Callable[[], Awaitable[str]] | None,
     ) -> None:
-        self._models = dict(models)
+        self._models = models
+        self._readiness = Readiness(lambda: [model.backend for model in models.values()])
         self._admissions = {
             name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
         }
@@ -175,7 +177,12 @@ class _Gateway:
         return _json(_card(self._model(http.path_params["name"])))
 
     async def health(self, http: Request) -> Response:
-        await asyncio.gather(*(model.backend.check_health() for model in self._models.values()))
+        """Ready: every model answers."""
+        await self._readiness.check()
+        return Response()
+
+    async def ping(self, http: Request) -> Response:
+        """Alive, whatever else is."""
         return Response()
 
     async def metrics(self, http: Request) -> Response:

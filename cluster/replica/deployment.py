@@ -91,8 +91,10 @@ class Replica:
         return GroupStatus("running", self._label, info.num_blocks, config.block_size, info.ranks)
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Serve gives it to every router: where to follow this replica, and the `engine` label of its metrics."""
-        return {**self._publisher.endpoints, "label": self._label}
+        """Serve gives it to every router: where to follow this replica, the `engine` label of its metrics, and how
+        long a request it takes.
+        """
+        return {**self._publisher.endpoints, "label": self._label, "max_model_len": self._engine.max_model_len}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve gives it to the autoscaling policy."""

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 Metadata = Mapping[str, Any]  # of a replica: what its `record_replica_metadata` says
 LABEL: Final = "label"
+MAX_MODEL_LEN: Final = "max_model_len"
 Reason = Literal["cached", "elsewhere", "new"]
 
 
@@ -140,6 +141,11 @@ class ModelRouting:
         self._followed.add(key)
         self._block_size = int(metadata["block_size"])
         self.router.add(key, slot)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The shortest of the replicas that take calls."""
+        return min((one[MAX_MODEL_LEN] for one in list(self._replicas.values()) if MAX_MODEL_LEN in one), default=None)
 
     def label(self, key: str) -> str:
         """The `engine` label of the replica's metrics."""

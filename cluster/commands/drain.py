@@ -1,0 +1,74 @@
+"""`shoal drain`: let the serving on this node end before its Ray is stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Final
+
+from shoal.cluster.commands.deploy import address_of
+from shoal.cluster.commands.rollout import Narrator, StartError, as_start_error, join_ray
+from shoal.cluster.commands.takedown import drain as drain_gateways
+
+POLL_S: Final = 0.5
+_SERVE_CLASS: Final = "ServeReplica:"
+
+
+def drain_node(timeout_s: float, ray_address: str | None = None) -> int:
+    """Make what serves here go: replicas and gateways move to other nodes if there is room, and finish what they have.
+
+    On a node that is not the head, Ray is told that the node goes within `timeout_s`. The head cannot be replaced: its
+    gateways refuse new requests and finish the open ones. Answers 0 when nothing is left here that serves somebody, and
+    1 if that takes longer.
+    """
+    import ray
+
+    narrator = Narrator(time.monotonic())
+    try:
+        with as_start_error():
+            join_ray(address_of(ray_address), is_verbose=False)
+            node_id = ray.get_runtime_context().get_node_id()
+            if _is_head(node_id):
+                return 0 if drain_gateways(timeout_s, narrator.say, node_id=node_id) else 1
+            return _leave(node_id, timeout_s, narrator)
+    except StartError as error:
+        print(f"shoal: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _leave(node_id: str, timeout_s: float, narrator: Narrator) -> int:
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + timeout_s) * 1000)
+    is_accepted, why = client.drain_node(node_id, reason, "shoal drain", deadline_ms)
+    if not is_accepted:
+        raise StartError(f"Ray does not let this node go: {why}")
+    deadline = time.monotonic() + timeout_s
+    told = -1
+    while (num_left := _num_serving(node_id)) and time.monotonic() < deadline:
+        if num_left != told:
+            narrator.say(f"{num_left} replicas and gateways are here")
+            told = num_left
+        time.sleep(POLL_S)
+    narrator.say("nothing serves here" if not num_left else f"{num_left} are still here")
+    return 0 if not num_left else 1
+
+
+def _num_serving(node_id: str) -> int:
+    """Replicas and gateways on that node."""
+    from ray.serve._private.api import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    deployments = (one for app in details["applications"].values() for one in app["deployments"].values())
+    return sum(replica["node_id"] == node_id for one in deployments for replica in one["replicas"])
+
+
+def _is_head(node_id: str) -> bool:
+    import ray
+
+    heads = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+    return node_id in heads
