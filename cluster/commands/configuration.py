@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import yaml
 
+from shoal.cluster import hub
 from shoal.cluster.commands.rollout import check_routing
-from shoal.cluster.config import EMBEDDED_MODEL, HUB_PREFIX, ClusterConfig, load_config, parse_config, read_yaml
+from shoal.cluster.config import EMBEDDED_MODEL, ClusterConfig, load_config, parse_config, read_yaml
 from shoal.engine.config import ConfigError
 
 _HEADER: Final = """\
@@ -40,11 +41,11 @@ def check_portable(config: ClusterConfig, source: str) -> None:
     for index, model in enumerate(config.models):
         drafts = model.speculative.model if model.speculative is not None else None
         for key, path in (("model", model.model), ("speculative.model", drafts)):
-            if path in (None, EMBEDDED_MODEL) or path.startswith(HUB_PREFIX) or Path(path).is_absolute():
+            if path in (None, EMBEDDED_MODEL) or path.startswith(hub.PREFIX) or Path(path).is_absolute():
                 continue
             raise ConfigError(
                 f"{source}: models[{index}].{key}: {path} is relative to a folder of this machine: write the path that "
-                f"every node of the cluster has, or {HUB_PREFIX}organization/name",
+                f"every node of the cluster has, or {hub.PREFIX}organization/name",
                 field="models",
             )
 

@@ -75,8 +75,8 @@ def delete(
 ) -> int:
     """Refuse new requests, finish the open ones within `timeout_s` (None: the deployed drain_timeout), and delete.
 
-    Serve itself goes on for others; with `has_shutdown` it stops too, unless it has other applications. Answers the exit
-    code.
+    Serve itself goes on for others; with `has_shutdown` it stops too, unless it has other applications. Answers the
+    exit code.
     """
     narrator = Narrator(time.monotonic())
     address = address_of(ray_address)
@@ -115,8 +115,8 @@ def address_of(given: str | None) -> str:
     address = given or os.environ.get("RAY_ADDRESS") or "auto"
     if address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"{address} takes jobs, and this command joins Ray itself: give host:port with --ray-address, or run it there "
-            f"with `ray job submit --address {address}`",
+            f"{address} takes jobs, and this command joins Ray itself: give host:port with --ray-address, or run it "
+            f"there with `ray job submit --address {address}`",
             field="ray.address",
         )
     return address
@@ -129,8 +129,8 @@ def check_paths(config: ClusterConfig) -> None:
         for key, path in (("model", model.model), ("speculative.model", drafts)):
             if path is not None and _JOB_FOLDER in Path(path).parts:
                 raise ConfigError(
-                    f"models[{index}].{key}: {Path(path).name} is in the working directory of this job, which goes with "
-                    f"it: give a path that every node has, or hf://organization/name",
+                    f"models[{index}].{key}: {Path(path).name} is in the working directory of this job, which goes "
+                    f"with it: give a path that every node has, or hf://organization/name",
                     field="models",
                 )
 

@@ -11,7 +11,7 @@ from shoal.cluster.commands.rollout import Narrator, StartError, as_start_error,
 from shoal.cluster.commands.takedown import drain as drain_gateways
 
 POLL_S: Final = 0.5
-_SERVE_CLASS: Final = "ServeReplica:"
+ASK_TIMEOUT_S: Final = 10.0
 
 
 def drain_node(timeout_s: float, ray_address: str | None = None) -> int:
@@ -27,44 +27,36 @@ def drain_node(timeout_s: float, ray_address: str | None = None) -> int:
     try:
         with as_start_error():
             join_ray(address_of(ray_address), is_verbose=False)
-            node_id = ray.get_runtime_context().get_node_id()
+            node_id, gcs_address = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().gcs_address
             if _is_head(node_id):
                 return 0 if drain_gateways(timeout_s, narrator.say, node_id=node_id) else 1
-            return _leave(node_id, timeout_s, narrator)
+            ray.shutdown()  # what is connected to a node ends with it
+            return _leave(node_id, gcs_address, timeout_s, narrator)
     except StartError as error:
         print(f"shoal: error: {error}", file=sys.stderr)
         return 1
 
 
-def _leave(node_id: str, timeout_s: float, narrator: Narrator) -> int:
-    import ray
-    from ray._raylet import GcsClient
+def _leave(node_id: str, gcs_address: str, timeout_s: float, narrator: Narrator) -> int:
+    """Ray ends the node's own daemon when nothing is left on the node."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    client = GcsClient(address=gcs_address)
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline_ms = int((time.time() + timeout_s) * 1000)
     is_accepted, why = client.drain_node(node_id, reason, "shoal drain", deadline_ms)
     if not is_accepted:
         raise StartError(f"Ray does not let this node go: {why}")
+    narrator.say("this node goes: replicas and gateways move if they can, and finish what they have")
     deadline = time.monotonic() + timeout_s
-    told = -1
-    while (num_left := _num_serving(node_id)) and time.monotonic() < deadline:
-        if num_left != told:
-            narrator.say(f"{num_left} replicas and gateways are here")
-            told = num_left
+    while client.check_alive([bytes.fromhex(node_id)], timeout=ASK_TIMEOUT_S)[0]:
+        if time.monotonic() > deadline:
+            narrator.say(f"not empty after {timeout_s:g} s")
+            return 1
         time.sleep(POLL_S)
-    narrator.say("nothing serves here" if not num_left else f"{num_left} are still here")
-    return 0 if not num_left else 1
-
-
-def _num_serving(node_id: str) -> int:
-    """Replicas and gateways on that node."""
-    from ray.serve._private.api import _get_global_client
-
-    details = _get_global_client().get_serve_details()
-    deployments = (one for app in details["applications"].values() for one in app["deployments"].values())
-    return sum(replica["node_id"] == node_id for one in deployments for replica in one["replicas"])
+    narrator.say("nothing serves here")
+    return 0
 
 
 def _is_head(node_id: str) -> bool:

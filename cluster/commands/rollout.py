@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from shoal.cluster import hub
 from shoal.cluster.channel import Progress, local_ip
 from shoal.cluster.config import ClusterConfig, locate_model
 from shoal.cluster.progress import ProgressReceiver
@@ -69,7 +70,10 @@ def check_models(config: ClusterConfig) -> None:
     from shoal.engine.worker import resolve_options  # brings torch
 
     for model in config.models:
-        resolve_options(model.options(locate_model(model.model)))
+        if model.model.startswith(hub.PREFIX):
+            hub.check(model.model)  # the nodes fetch it
+        else:
+            resolve_options(model.options(locate_model(model.model)))
 
 
 def join_ray(address: str, *, is_verbose: bool) -> None:

@@ -96,7 +96,8 @@ class Gateway:
         )
 
     async def _serve(self, model: ModelSettings, backend: ReplicaBackend) -> ServedModel:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, locate_model(model.model))
+        path = await asyncio.to_thread(locate_model, model.model, has_weights=False)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         facts = await backend.facts()
         return ServedModel(
             name=model.name,

@@ -10,6 +10,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 
+from shoal.cluster import hub
 from shoal.cluster.autoscaling.signals import ReplicaSignals
 from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
 from shoal.cluster.config import ModelSettings, locate_model
@@ -55,8 +56,11 @@ class Replica:
         self._reporter = Reporter(lambda: self._calls.gateways)
         with ProgressSender(progress_address, model.name) as progress:
             try:
+                path = await asyncio.to_thread(locate_model, model.model, on_progress=progress.send)
                 self._engine = AsyncEngine(
-                    _engine_factory(model, rank_resources), on_progress=progress.send, observer=self._reporter.observe
+                    _engine_factory(model, path, rank_resources),
+                    on_progress=progress.send,
+                    observer=self._reporter.observe,
                 )
                 await self._engine.start()
             except ConfigError as error:
@@ -128,11 +132,14 @@ class Replica:
         os._exit(1)
 
 
-def _engine_factory(model: ModelSettings, rank_resources: Resources) -> EngineFactory:
+def _engine_factory(model: ModelSettings, path: str, rank_resources: Resources) -> EngineFactory:
     """Raises ConfigError."""
-    options = model.options(locate_model(model.model))
+    options = model.options(path)
     if options.num_ranks == 1:
         from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
 
         return local_engine(options)
-    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources))
+    drafts = options.speculative.model if options.speculative is not None else None
+    named = ((model.model, path), (model.speculative.model if model.speculative is not None else None, drafts))
+    fetched = tuple(hub.pinned(name, place) for name, place in named if name and place and name.startswith(hub.PREFIX))
+    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, fetched))

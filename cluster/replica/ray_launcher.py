@@ -19,8 +19,11 @@ from shoal.engine.group.launcher import RankHandle, RankStart
 class RayLauncher:
     """Starts rank actors, a stage a bundle. They are owned by this process: if it dies, Ray ends them."""
 
-    def __init__(self, tensor_parallel: int, resources: Resources) -> None:
-        """`resources` are of one rank. To be made in an actor that is in the group's placement group."""
+    def __init__(self, tensor_parallel: int, resources: Resources, fetched: Sequence[str] = ()) -> None:
+        """`resources` are of one rank; `fetched` are models of a hub that the ranks' nodes must have too. To be made in
+        an actor that is in the group's placement group.
+        """
+        self._fetched = tuple(fetched)
         self._tensor_parallel = tensor_parallel
         self._resources = resources
         group = ray.util.get_current_placement_group()
@@ -48,7 +51,7 @@ class RayLauncher:
             )
             .remote()
         )
-        return RankActorHandle(actor, actor.run.remote(start).future())
+        return RankActorHandle(actor, actor.run.remote(start, self._fetched).future())
 
 
 class RankActorHandle:
