@@ -79,6 +79,7 @@ def check_models(config: ClusterConfig) -> None:
 def join_ray(address: str, *, is_verbose: bool) -> None:
     """Join the Ray at `address`. Raises StartError."""
     import ray
+    import ray.serve  # sets the level of its log
 
     level = logging.INFO if is_verbose else logging.ERROR
     logging.getLogger("ray.serve").setLevel(level)
