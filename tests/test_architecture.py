@@ -42,6 +42,7 @@ ENGINE_FACE = FACTS | {
 SHARED = {
     "cluster.channel",
     "cluster.config",
+    "cluster.hub",
     "cluster.kv_events",
     "cluster.logs",
     "cluster.metrics",
@@ -113,7 +114,8 @@ LAYERS: Mapping[str, set[str]] = {
     "engine.streaming": FACTS | {"engine.core", "engine.executor"},
     "engine.llm": FACTS | {"engine.core", "engine.executor", "engine.group", "engine.tokenizer", "engine.worker"},
     "engine": {"engine.llm", "engine.request"},
-    "cluster.config": ENGINE_FACE,
+    "cluster.config": ENGINE_FACE | {"cluster.hub"},
+    "cluster.hub": {"engine.config"},
     "cluster.channel": ENGINE_FACE,
     "cluster.metrics": ENGINE_FACE,
     "cluster.kv_events": set(),
@@ -152,6 +154,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     "cluster": {
         "ray", "fastapi", "starlette", "pydantic", "pydantic_core", "msgspec", "zmq", "yaml", "prometheus_client",
     },
+    "cluster.hub": {"huggingface_hub", "tqdm"},
     "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 

@@ -17,7 +17,8 @@ import pytest
 
 from shoal.cluster import cli
 from shoal.cluster.channel import GroupStatus, Progress
-from shoal.cluster.commands.serve import announcement, base_url, check_port
+from shoal.cluster.commands.rollout import base_url
+from shoal.cluster.commands.serve import announcement, check_port
 from shoal.cluster.gateway.responses import encode
 from shoal.cluster.metrics import ReplicaMetrics, render
 from shoal.cluster.progress import ProgressReceiver, ProgressSender
@@ -81,7 +82,10 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["plan"], ["chat"], ["status"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["serve"], ["deploy"], ["delete"], ["drain"], ["config"], ["ray-env"], ["plan"], ["chat"], ["status"]],
+)
 def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])

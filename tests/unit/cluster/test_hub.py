@@ -147,9 +147,7 @@ def test_the_cache_serves_when_the_hub_is_gone(asked: Counter[str], monkeypatch:
     path = locate_model("hf://org/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert locate_model("hf://org/tiny") == path
-    with pytest.raises(
-        ConfigError, match=r"cannot get hf://org/weak, and it is not in the cache.*offline"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot get hf://org/weak, and it is not in the cache.*offline"):
         locate_model("hf://org/weak")
 
 
