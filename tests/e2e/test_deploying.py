@@ -56,6 +56,7 @@ class Cluster:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             **dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in exported),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # What several Rays on one machine would share.

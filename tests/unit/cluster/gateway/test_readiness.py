@@ -67,8 +67,7 @@ async def test_draining_refuses_what_is_new_and_finishes_what_is_open(served, ba
     backend.hangs_after = 1
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         open_one = asyncio.create_task(client.post("/v1/completions", json=body))
-        while not app.num_open:
-            await asyncio.sleep(0)
+        await backend.has_begun.wait()
         app.is_draining = True
         for answer in (await client.post("/v1/completions", json=body), await client.get("/health")):
             assert answer.status_code == 503
