@@ -50,8 +50,6 @@ class Cluster:
         self._folder = folder
         gcs, self.dashboard, agent, client, metrics, stats, fallback, self.http = free_ports(8)
         self.address = f"127.0.0.1:{gcs}"
-        proxy = folder / "haproxy"
-        proxy.mkdir()
         exported = self._shoal("ray-env").splitlines()
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -63,11 +61,6 @@ class Cluster:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "state"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
         }
         self.process = subprocess.Popen(
             [
@@ -102,13 +95,38 @@ class Cluster:
 
     def deploy(self, **config: Any) -> str:
         """Submit this configuration; answers what the job printed."""
-        file = self._folder / "jobs" / "cluster.yaml"
-        file.parent.mkdir(exist_ok=True)
-        http = {"host": "127.0.0.1", "port": self.http}
-        file.write_text(yaml.safe_dump({"http": http, **config}))
-        done = self.submit("deploy", "cluster.yaml", "--timeout", "150")
+        done = self.try_deploy(**config)
         assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.log}"
         return done.stdout
+
+    def try_deploy(self, **config: Any) -> subprocess.CompletedProcess[str]:
+        self._file.parent.mkdir(exist_ok=True)
+        http = {"host": "127.0.0.1", "port": self.http}
+        self._file.write_text(yaml.safe_dump({"http": http, **config}))
+        return self.submit("deploy", self._file.name, "--timeout", "150")
+
+    def rendered(self) -> dict[str, Any]:
+        """The configuration that was submitted last, for Serve's own tool."""
+        rendered: dict[str, Any] = yaml.safe_load(self._shoal("config", "render", str(self._file)))
+        rendered["applications"][0]["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT / "src")}}
+        return rendered
+
+    def serve_deploy(self, rendered: dict[str, Any]) -> None:
+        """`serve deploy`, and until it runs."""
+        url = f"http://127.0.0.1:{self.dashboard}/api/serve/applications/"
+        headers = {"authorization": f"Bearer {self._session}"}
+        assert httpx.put(url, json=rendered, headers=headers, timeout=60).status_code == 200
+        deadline = time.monotonic() + COMMAND_TIMEOUT_S
+        status = ""
+        while status != "RUNNING":
+            assert status != "DEPLOY_FAILED"
+            assert time.monotonic() < deadline, status
+            time.sleep(0.5)
+            status = httpx.get(url, headers=headers, timeout=60).json()["applications"]["shoal"]["status"]
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "jobs" / "cluster.yaml"
 
     @property
     def log(self) -> str:
@@ -303,3 +321,55 @@ async def delete_while_streaming(cluster: Cluster) -> str:
     done = await job
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_serves_own_tool_deploys_the_same_application(cluster: Cluster) -> None:
+    """`serve deploy` of the rendered file over `shoal deploy`, and back, under load."""
+    cluster.deploy(models=[model()])
+    texts = asyncio.run(expected(cluster.url))
+    load = Load(cluster.url)
+    load.start()
+    cluster.serve_deploy(cluster.rendered())
+    before = cluster.workers()
+    scaled = cluster.rendered()
+    scaled["applications"][0]["deployments"][0]["num_replicas"] = 2
+    cluster.serve_deploy(scaled)
+    assert before.items() <= wait_for_workers(cluster, 3).items()
+    cluster.deploy(models=[model()])
+    wait_for_workers(cluster, 2)
+    load.stop()
+    assert not load.failures, load.failures[:5]
+    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    assert cluster.submit("delete", "--shutdown-serve").returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_without_room_the_old_replica_goes_first_and_requests_wait(cluster: Cluster) -> None:
+    cluster.deploy(models=[model(max_surge=0)])
+    texts = asyncio.run(expected(cluster.url))
+    load = Load(cluster.url)
+    load.start()
+    cluster.deploy(models=[model(max_surge=0, engine={"max_running_requests": 8})])
+    load.stop()
+    assert not load.failures, load.failures[:5]
+    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    assert cluster.submit("delete", "--shutdown-serve").returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_version_that_cannot_start_leaves_the_old_one_serving(cluster: Cluster) -> None:
+    cluster.deploy(models=[model()])
+    first = by_name(cluster.workers(), "replica-demo")
+    # Memory for the KV of one block: what no check before the start can know.
+    failed = cluster.try_deploy(models=[model(resources={"num_cpus": 1}, engine={"kv_memory": 1})])
+    assert failed.returncode != 0
+    assert "demo: " in failed.stdout + failed.stderr
+    assert by_name(cluster.workers(), "replica-demo") >= first
+    asyncio.run(expected(cluster.url))
+    cluster.deploy(models=[model()])
+    assert by_name(cluster.workers(), "replica-demo") == first
+    assert cluster.submit("delete", "--shutdown-serve").returncode == 0
