@@ -39,6 +39,7 @@ def drain_node(timeout_s: float, ray_address: str | None = None) -> int:
 
 def _leave(node_id: str, gcs_address: str, timeout_s: float, narrator: Narrator) -> int:
     """Ray ends the node's own daemon when nothing is left on the node."""
+    from ray import NodeID
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
@@ -50,7 +51,7 @@ def _leave(node_id: str, gcs_address: str, timeout_s: float, narrator: Narrator)
         raise StartError(f"Ray does not let this node go: {why}")
     narrator.say("this node goes: replicas and gateways move if they can, and finish what they have")
     deadline = time.monotonic() + timeout_s
-    while client.check_alive([bytes.fromhex(node_id)], timeout=ASK_TIMEOUT_S)[0]:
+    while client.check_alive([NodeID.from_hex(node_id)], timeout=ASK_TIMEOUT_S)[0]:
         if time.monotonic() > deadline:
             narrator.say(f"not empty after {timeout_s:g} s")
             return 1

@@ -13,9 +13,10 @@ from shoal.cluster import cli
 from shoal.cluster.commands.configuration import serve_config
 from shoal.cluster.commands.deploy import address_of, check_paths
 from shoal.cluster.commands.ray_env import ray_environment
-from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, parse_config
+from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, load_config, parse_config
 from shoal.engine.config import ConfigError
 
+ROOT = Path(__file__).parents[3]
 CONFIG: dict[str, Any] = {
     "models": [
         {"name": "a", "replicas": 3, "engine": {"device": "cpu", "kv_memory": "256MiB"}, "routing": "round_robin"},
@@ -97,3 +98,11 @@ def test_ray_env_is_what_a_shell_exports(capsys: pytest.CaptureFixture[str]) -> 
     exported = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)
     assert exported == {**ray_environment(), **NODE_CHECK_ENV}
     assert exported.keys() >= SERVE_ENV.keys()
+
+
+def test_the_sample_can_be_deployed_by_either_tool() -> None:
+    config = load_config(str(ROOT / "deploy/ray/cluster.yaml"))
+    check_paths(config)
+    ServeDeploySchema.model_validate(serve_config(config))
+    env = yaml.safe_load((ROOT / "deploy/ray/runtime_env.yaml").read_text())
+    assert [(ROOT / module / "cluster" / "cli.py").is_file() for module in env["py_modules"]] == [True]
