@@ -76,6 +76,33 @@ class Cluster:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http}"
 
+    @contextlib.contextmanager
+    def second_node(self) -> Iterator[dict[str, str]]:
+        """Another node, on this machine too; answers the environment of a command on it."""
+        http, metrics, stats, agent = free_ports(4)
+        environment = {
+            **self.environment,
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "PYTHONPATH": str(ROOT / "src"),
+        }
+        node = subprocess.Popen(
+            [
+                self._ray, "start", "--block", f"--address={self.address}", "--node-ip-address=127.0.0.1",
+                f"--dashboard-agent-listen-port={agent}", "--num-cpus=2", "--labels=node=second",
+                "--object-store-memory=100000000",
+            ],
+            env=environment, cwd=self._folder, start_new_session=True,
+            stdout=(self._folder / "second.txt").open("wb"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            yield environment
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
     def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
         """As a job whose working directory has the configuration and nothing else."""
         jobs = self._folder / "jobs"
@@ -372,4 +399,25 @@ def test_a_version_that_cannot_start_leaves_the_old_one_serving(cluster: Cluster
     asyncio.run(expected(cluster.url))
     cluster.deploy(models=[model()])
     assert by_name(cluster.workers(), "replica-demo") == first
+    assert cluster.submit("delete", "--shutdown-serve").returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_node_that_is_drained_loses_no_request(cluster: Cluster) -> None:
+    """Its replica and its gateway move; the load goes to the head's port, whose proxy knows the gateways of both."""
+    with cluster.second_node() as environment:
+        cluster.deploy(models=[model(replicas=2)], gateways=2)
+        texts = asyncio.run(expected(cluster.url))
+        load = Load(cluster.url)
+        load.start()
+        drained = subprocess.run(
+            [sys.executable, "-m", "shoal.cluster.cli", "drain", "--timeout", "120"],
+            env={**environment, "RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=180,
+        )  # fmt: skip
+        load.stop()
+        print(drained.stdout, drained.stderr)
+        assert not load.failures, load.failures[:5]
+        assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+        assert drained.returncode == 0
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
