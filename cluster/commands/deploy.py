@@ -8,22 +8,24 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.cluster import hub
 from shoal.cluster.commands.rollout import (
     Narrator,
     StartError,
     as_start_error,
     base_url,
     check_address,
-    check_models,
     check_routing,
     join_ray,
     roll_out,
 )
 from shoal.cluster.commands.takedown import delete as delete_app
 from shoal.cluster.commands.takedown import drain, is_deployed
-from shoal.cluster.config import ClusterConfig
-from shoal.engine.config import ConfigError
+from shoal.cluster.config import ClusterConfig, locate_model
+from shoal.engine.config import ConfigError, Device, Machine
+from shoal.engine.shapes import planned_config
 
+_ENOUGH_BYTES: Final = 2**50  # of memory: how much the nodes have is not known here
 # Where Ray unpacks the working directory of a job: on one node, as long as the job runs.
 _JOB_FOLDER: Final = "working_dir_files"
 # Of a job's runtime environment, what its replicas need too. Not its working directory: that holds the configuration,
@@ -53,7 +55,7 @@ def deploy(
         with as_start_error():
             join_ray(address, is_verbose=is_verbose)
             check_address(config)
-        check_models(config)
+        check_checkpoints(config)
         env = runtime_env()
         roll_out(config, narrator, own_ip=None, runtime_env=env, is_waiting=is_waiting, timeout_s=timeout_s)
     except StartError as error:
@@ -120,6 +122,20 @@ def address_of(given: str | None) -> str:
             field="ray.address",
         )
     return address
+
+
+def check_checkpoints(config: ClusterConfig) -> None:
+    """Raise ConfigError for a model that is not there, or settings that no device could serve it with.
+
+    Headers are read, without torch: the devices are those of other nodes.
+    """
+    for model in config.models:
+        if model.model.startswith(hub.PREFIX):
+            hub.check(model.model)  # the nodes fetch it
+        else:
+            device: Device = "cpu" if model.engine.device == "cpu" else "cuda"
+            some = Machine(device, _ENOUGH_BYTES, model.num_threads)
+            planned_config(model.options(locate_model(model.model)), some)
 
 
 def check_paths(config: ClusterConfig) -> None:

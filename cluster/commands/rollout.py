@@ -66,13 +66,11 @@ def check_routing(config: ClusterConfig) -> None:
 
 
 def check_models(config: ClusterConfig) -> None:
-    """Raise ConfigError for a checkpoint or setting that no replica could start with."""
+    """Raise ConfigError for a checkpoint or setting that no replica could start with on this host."""
     from shoal.engine.worker import resolve_options  # brings torch
 
     for model in config.models:
-        if model.model.startswith(hub.PREFIX):
-            hub.check(model.model)  # the nodes fetch it
-        else:
+        if not model.model.startswith(hub.PREFIX):  # replicas fetch it
             resolve_options(model.options(locate_model(model.model)))
 
 

@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from shoal.cluster import cli
 from shoal.cluster.commands.configuration import serve_config
-from shoal.cluster.commands.deploy import address_of, check_paths
+from shoal.cluster.commands.deploy import address_of, check_checkpoints, check_paths
 from shoal.cluster.commands.ray_env import ray_environment
 from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, load_config, parse_config
 from shoal.engine.config import ConfigError
@@ -80,6 +80,17 @@ def test_a_model_in_the_folder_of_the_job_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"models\[0\].model: tiny is in the working directory of this job"):
         check_paths(parse_config({"models": [{"name": "m", "model": path}]}))
     check_paths(parse_config({"models": [{"name": "m", "model": "/models/tiny"}]}))
+
+
+def test_what_no_device_could_serve_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    check_checkpoints(parse_config({"models": [{"name": "m", "engine": {"device": "cuda"}}]}))
+    for model, reason in (
+        ({"model": str(tmp_path / "none")}, "there is no"),
+        ({"pipeline_parallel": 1000}, "stage"),
+        ({"engine": {"max_model_len": 10**9}}, "max_model_len"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_checkpoints(parse_config({"models": [{"name": "m", **model}]}))
 
 
 def test_the_address_is_given_or_of_the_environment_or_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
