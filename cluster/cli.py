@@ -17,6 +17,7 @@ EXIT_BAD_INPUT = 2
 _SERVE_EXAMPLES = f"""examples:
   shoal serve                                  the embedded model, {EMBEDDED_MODEL}, on port 8000
   shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
+  shoal serve hf://Qwen/Qwen3-0.6B             a model of Hugging Face; HF_TOKEN, HF_HOME, HF_ENDPOINT as ever
   shoal serve model.Q4_1.gguf --dtype float32  a GGUF file
   shoal serve ~/models/Qwen3-32B --tensor-parallel 2 --pipeline-parallel 2     over four ranks
   shoal serve model.gguf --speculative suffix  the same answers, sooner where text repeats itself
@@ -42,7 +43,8 @@ A replica whose node is gone is replaced when Ray notices, by default within a m
 Ray's head with these in its environment:
   RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 
-Ctrl-C lets open requests finish for a few seconds and stops everything; a second Ctrl-C does not wait.
+Ctrl-C lets open requests finish for a few seconds and stops everything; SIGTERM lets them finish for drain_timeout, while
+new ones are refused with 503 and Retry-After. A second signal does not wait.
 """
 
 _DEPLOY_EXAMPLES = """examples:

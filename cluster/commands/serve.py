@@ -35,6 +35,7 @@ from shoal.engine.config import ConfigError
 
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
 INTERRUPT_WAIT_S: Final = 10.0  # for open requests after Ctrl-C; after SIGTERM it is the configuration's drain_timeout
+DELETE_WAIT_S: Final = 10.0  # for replicas that have nothing left
 EXIT_WAIT_S: Final = 5.0
 
 
@@ -206,7 +207,7 @@ def _tear_down(config: ClusterConfig, wait_s: float | None, *, is_verbose: bool)
         if not is_verbose:
             hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
             hidden.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        is_gone = not is_deployed() or (drain(wait_s) and delete())
+        is_gone = not is_deployed() or (drain(wait_s) and delete(DELETE_WAIT_S))
         if config.ray.address is None and is_gone:
             serve.shutdown()
         ray.shutdown()
