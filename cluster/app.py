@@ -73,10 +73,10 @@ def build_app(
     for model in config.models:
         make_policy(model.routing.policy, model.routing.options)
     environment = dict(runtime_env or {})
-    room = _free_room()
+    free, whole = _rooms()
     replicas = {}
     for model in config.models:
-        surge, room = _surge(model, room)
+        surge, free = _surge(model, free, whole)
         replicas[model.name] = _replica(model, surge, progress_address, own_ip, environment)
     models = tuple(model.of_a_gateway for model in config.models)
     gateway = serve.deployment(
@@ -125,22 +125,28 @@ def _code_version() -> str:
     return digest.hexdigest()
 
 
-def _free_room() -> Room:
-    """Of the nodes of the cluster that this process has joined; nothing if it has joined none."""
+def _rooms() -> tuple[Room, Room]:
+    """What is free on the nodes of the cluster that this process has joined, and all they have; nothing without one."""
     if not ray.is_initialized():
-        return {}
-    labels = {node["NodeID"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
+        return {}, {}
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     free = available_resources_per_node()
-    return {node: (free[node], own) for node, own in labels.items() if node in free}
+    return (
+        {node["NodeID"]: (free.get(node["NodeID"], {}), node["Labels"]) for node in nodes},
+        {node["NodeID"]: (node["Resources"], node["Labels"]) for node in nodes},
+    )
 
 
-def _surge(model: ModelSettings, room: Room) -> tuple[int, Room]:
-    """How many replicas an update may start beside the old ones, in Serve's percent, and the room that is left then."""
+def _surge(model: ModelSettings, free: Room, whole: Room) -> tuple[int, Room]:
+    """How many replicas an update may start beside the old ones, in Serve's percent, and what is free then."""
+    left: Room | None = free
     wanted = 1 if model.max_surge is None else model.max_surge
-    left = take(_placement(model), room) if model.max_surge is None else room
-    if left is None or wanted == 0:
-        return 0, room
-    return min(100, max(1, 100 * wanted // model.max_replicas)), left
+    if model.max_surge is None:
+        left = take(_placement(model), free)
+        # Where even an empty cluster has no place for it, the old ones go on until there is one.
+        wanted = 0 if left is None and take(_placement(model), whole) is not None else 1
+    percent = min(100, max(1, 100 * wanted // model.max_replicas)) if wanted else 0
+    return percent, free if left is None else left
 
 
 def num_cpus(model: ModelSettings) -> float:

@@ -43,8 +43,8 @@ A replica whose node is gone is replaced when Ray notices, by default within a m
 Ray's head with these in its environment:
   RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 
-Ctrl-C lets open requests finish for a few seconds and stops everything; SIGTERM lets them finish for drain_timeout, while
-new ones are refused with 503 and Retry-After. A second signal does not wait.
+Ctrl-C lets open requests finish for a few seconds and stops everything; SIGTERM lets them finish for drain_timeout.
+New ones are refused meanwhile. A second signal does not wait.
 """
 
 _DEPLOY_EXAMPLES = """examples:

@@ -23,7 +23,7 @@ from shoal.cluster.commands.takedown import delete as delete_app
 from shoal.cluster.commands.takedown import drain, is_deployed
 from shoal.cluster.config import ClusterConfig, locate_model
 from shoal.engine.config import ConfigError, Device, Machine
-from shoal.engine.shapes import planned_config
+from shoal.engine.shapes import check_shape, planned_config
 
 _ENOUGH_BYTES: Final = 2**50  # of memory: how much the nodes have is not known here
 # Where Ray unpacks the working directory of a job: on one node, as long as the job runs.
@@ -135,7 +135,7 @@ def check_checkpoints(config: ClusterConfig) -> None:
         else:
             device: Device = "cpu" if model.engine.device == "cpu" else "cuda"
             some = Machine(device, _ENOUGH_BYTES, model.num_threads)
-            planned_config(model.options(locate_model(model.model)), some)
+            check_shape(planned_config(model.options(locate_model(model.model)), some), some)
 
 
 def check_paths(config: ClusterConfig) -> None:

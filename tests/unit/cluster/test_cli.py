@@ -88,7 +88,7 @@ def url() -> Iterator[str]:
 )
 def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        cli.main([*command.split(), "--help"])
+        cli.main([*command, "--help"])
     assert exit.value.code == 0
     assert not command or "examples:" in capsys.readouterr().out
 
