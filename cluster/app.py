@@ -6,23 +6,30 @@ the configuration's keys as `args`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
+from pydantic import BaseModel
 from ray import serve
-from ray.serve import Application
+from ray._private.state import available_resources_per_node
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from shoal.cluster.admin.deployment import GATEWAY_NAME, Admin
+from shoal.cluster.admin.deployment import GATEWAY_NAME as GATEWAY_NAME
+from shoal.cluster.admin.deployment import Admin
 from shoal.cluster.config import ClusterConfig, LogSettings, ModelSettings, parse_config
 from shoal.cluster.gateway.deployment import Gateway
 from shoal.cluster.logs import log_environment
 from shoal.cluster.replica.deployment import Replica
-from shoal.cluster.replica.placement import Placement, Resources, place
+from shoal.cluster.replica.placement import Placement, Resources, Room, place, take
 from shoal.cluster.routing.policies import make_policy
 from shoal.cluster.routing.serve_router import ShoalRouter
 
@@ -49,25 +56,39 @@ def app(args: dict[str, Any]) -> Application:
     return build_app(parse_config(args, source="args"))
 
 
-def build_app(config: ClusterConfig, *, progress_address: str | None = None, own_ip: str | None = None) -> Application:
+def build_app(
+    config: ClusterConfig,
+    *,
+    progress_address: str | None = None,
+    own_ip: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> Application:
     """Gateways in front of one replica deployment per model, and the admin port beside them.
 
     Replicas tell how their start goes to `progress_address` ("tcp://ip:port"), if one is given. `own_ip` is the
-    address on which gateways and replicas hear each other; None means each node's own. Raises ConfigError for a routing
-    policy that cannot be made here.
+    address on which gateways and replicas hear each other; None means each node's own. `runtime_env` is Ray's, for all
+    of them. Raises ConfigError for a routing policy that cannot be made here.
+
+    A deployment's version is made of what its processes begin with: where that stays the same, an update leaves them
+    running, whatever else changes.
     """
     for model in config.models:
         make_policy(model.routing.policy, model.routing.options)
-    replicas = {
-        model.name: _replica(model, _deployment_name(index, model.name), progress_address, own_ip, config.logging)
-        for index, model in enumerate(config.models)
-    }
+    environment = dict(runtime_env or {})
+    free, whole = _rooms()
+    replicas = {}
+    for model in config.models:
+        surge, free = _surge(model, free, whole)
+        replicas[model.name] = _replica(model, surge, progress_address, own_ip, environment, config.logging)
+    models = tuple(model.of_a_gateway for model in config.models)
     gateway = serve.deployment(
         serve.ingress()(Gateway),
         name=GATEWAY_NAME,
         num_replicas=config.gateways,
+        max_surge_percent=100,  # they cost next to nothing, and the old ones have streams to finish
         max_ongoing_requests=100_000,  # calls wait in front of a replica, where the engine can see them
-        ray_actor_options={"num_cpus": 0, **_label_selector(config.gateway_labels)},  # shares the cores that are left
+        # They share the cores that are left.
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment, **_label_selector(config.gateway_labels)},
         logging_config=serve_logging(config.logging),
         graceful_shutdown_timeout_s=max(model.drain_timeout for model in config.models),
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
@@ -75,25 +96,30 @@ def build_app(config: ClusterConfig, *, progress_address: str | None = None, own
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=1,
     )
-    return gateway.bind(
-        config.models,
+    begins_with = (models, config.http, config.auth, config.logging, config.tracing)
+    return _with_version(gateway, begins_with, sorted(replicas), own_ip).bind(
+        models,
         config.http,
         replicas,
         own_ip,
-        admin=_admin(config),
+        admin=_admin(config, environment),
         logs=config.logging,
         tracing=config.tracing,
         auth=config.auth,
     )
 
 
-def _admin(config: ClusterConfig) -> Application:
+def _admin(config: ClusterConfig, runtime_env: Mapping[str, Any]) -> Application:
     """On the head node, where operators look for it and where Serve always has an HTTP proxy."""
     admin = serve.deployment(
         Admin,
         name="admin",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {"node:__internal_head__": 0.001},
+            "runtime_env": dict(runtime_env),
+        },
         logging_config=serve_logging(config.logging),
         graceful_shutdown_timeout_s=ADMIN_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
@@ -101,7 +127,58 @@ def _admin(config: ClusterConfig) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
     )
-    return admin.bind(config.admin, config.admin_port, config.http, config.logging)
+    begins_with = (config.admin, config.admin_port, config.http, config.logging)
+    return _with_version(admin, begins_with).bind(*begins_with)
+
+
+def _with_version(deployment: Deployment, *begins_with: Any) -> Deployment:
+    """With a version that changes when what its processes begin with does, or the code.
+
+    Serve draws a new version for each deployment that has none, and restarts all of it. It calls versions internal.
+    """
+    encoded = msgspec.json.encode((_code_version(), begins_with), enc_hook=_plain, order="sorted")
+    deployment._version = hashlib.sha256(encoded).hexdigest()[:16]
+    return deployment
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else repr(value)
+
+
+@cache
+def _code_version() -> str:
+    """Of the source, so that an update brings changed code also where the version number is the same."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(file for part in ("cluster", "engine", "kernels") for file in (root / part).rglob("*.*"))
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".py", ".cpp", ".h"):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _rooms() -> tuple[Room, Room]:
+    """What is free on the nodes of the cluster that this process has joined, and all they have; nothing without one."""
+    if not ray.is_initialized():
+        return {}, {}
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    free = available_resources_per_node()
+    return (
+        {node["NodeID"]: (free.get(node["NodeID"], {}), node["Labels"]) for node in nodes},
+        {node["NodeID"]: (node["Resources"], node["Labels"]) for node in nodes},
+    )
+
+
+def _surge(model: ModelSettings, free: Room, whole: Room) -> tuple[int, Room]:
+    """How many replicas an update may start beside the old ones, in Serve's percent, and what is free then."""
+    left: Room | None = free
+    wanted = 1 if model.max_surge is None else model.max_surge
+    if model.max_surge is None:
+        left = take(_placement(model), free)
+        # Where even an empty cluster has no place for it, the old ones go on until there is one.
+        wanted = 0 if left is None and take(_placement(model), whole) is not None else 1
+    percent = min(100, max(1, 100 * wanted // model.max_replicas)) if wanted else 0
+    return percent, free if left is None else left
 
 
 def num_cpus(model: ModelSettings) -> float:
@@ -140,9 +217,10 @@ def _num_gpus(model: ModelSettings) -> float:
     return 1.0 if model.engine.device == "cuda" else 0.0
 
 
-def _deployment_name(index: int, model: str) -> str:
+def deployment_name(model: str) -> str:
     """Serve makes file names of it, so it may not hold every character that a model's name may."""
-    return f"replica-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}"
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", model)
+    return f"replica-{clean}" if clean == model else f"replica-{clean}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
 
 def serve_logging(settings: LogSettings) -> LoggingConfig:
@@ -152,12 +230,19 @@ def serve_logging(settings: LogSettings) -> LoggingConfig:
 
 
 def _replica(
-    model: ModelSettings, name: str, progress_address: str | None, own_ip: str | None, logs: LogSettings
+    model: ModelSettings,
+    surge_percent: int,
+    progress_address: str | None,
+    own_ip: str | None,
+    runtime_env: Mapping[str, Any],
+    logs: LogSettings,
 ) -> Application:
+    made_of, rank = model.of_a_replica, _rank_resources(model)
     deployment = serve.deployment(
         Replica,
-        name=name,
+        name=deployment_name(model.name),
         **scaling_options(model),
+        max_surge_percent=surge_percent,
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
         request_router_config=RequestRouterConfig(
@@ -169,9 +254,11 @@ def _replica(
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=MAX_STARTS,
-        **_where(model, log_environment(logs.format, logs.level)),
+        **_where(model, runtime_env, log_environment(logs.format, logs.level)),
     )
-    return deployment.bind(model, _rank_resources(model), progress_address, own_ip, logs=logs)
+    return _with_version(deployment, made_of, rank, own_ip, logs).bind(
+        made_of, rank, progress_address, own_ip, logs=logs
+    )
 
 
 def scaling_options(model: ModelSettings) -> dict[str, Any]:
@@ -204,10 +291,11 @@ def scaling_options(model: ModelSettings) -> dict[str, Any]:
     return {"autoscaling_config": config}
 
 
-def _where(model: ModelSettings, log_env: Mapping[str, str]) -> dict[str, Any]:
+def _where(model: ModelSettings, runtime_env: Mapping[str, Any], log_env: Mapping[str, str]) -> dict[str, Any]:
     """Serve's options for the place of a replica: an actor if it is one process, else a placement group."""
     # Ray sets OMP_NUM_THREADS to 1 unless it is told. The ranks inherit the environment.
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV, **log_env}}
+    own = {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV, **log_env}
+    environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **own}}
     placement = _placement(model)
     rank = _rank_resources(model)
     if model.num_ranks == 1:

@@ -92,6 +92,15 @@ class ReplicaFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainState:
+    """How far a gateway is with its last requests. `timeout_s`: what the configuration gives them."""
+
+    is_draining: bool
+    num_open: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaView:
     """What a gateway knows of a replica. None is unknown.
 

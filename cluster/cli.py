@@ -17,6 +17,7 @@ EXIT_BAD_INPUT = 2
 _SERVE_EXAMPLES = f"""examples:
   shoal serve                                  the embedded model, {EMBEDDED_MODEL}, on port 8000
   shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
+  shoal serve hf://Qwen/Qwen3-0.6B             a model of Hugging Face; HF_TOKEN, HF_HOME, HF_ENDPOINT as ever
   shoal serve model.Q4_1.gguf --dtype float32  a GGUF file
   shoal serve ~/models/Qwen3-32B --tensor-parallel 2 --pipeline-parallel 2     over four ranks
   shoal serve model.gguf --speculative suffix  the same answers, sooner where text repeats itself
@@ -43,7 +44,41 @@ A replica whose node is gone is replaced when Ray notices, by default within a m
 Ray's head with these in its environment:
   RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 
-Ctrl-C lets open requests finish for a few seconds and stops everything; a second Ctrl-C does not wait.
+Ctrl-C lets open requests finish for a few seconds and stops everything; SIGTERM lets them finish for drain_timeout.
+New ones are refused meanwhile. A second signal does not wait.
+"""
+
+_DEPLOY_EXAMPLES = """examples:
+  shoal deploy cluster.yaml                    on the Ray that runs on this machine, or at RAY_ADDRESS
+  shoal deploy cluster.yaml --ray-address 10.0.0.1:6379
+  ray job submit --address http://10.0.0.1:8265 --working-dir . -- python -m shoal.cluster.cli deploy cluster.yaml
+
+It returns when all models answer. Deploy a changed file again and it is updated: what has changed is replaced, and no
+request is lost. deploy/ray/README.md tells about clusters without Shoal on their nodes, and what to start Ray with.
+"""
+
+_DELETE_EXAMPLES = """examples:
+  shoal delete                                 of the Ray that runs on this machine, or at RAY_ADDRESS
+  shoal delete --timeout 30 --shutdown-serve
+
+New requests are answered with 503 and Retry-After, open ones finish, then replicas and gateways end.
+"""
+
+_DRAIN_EXAMPLES = """examples:
+  shoal drain --timeout 240                    as a Kubernetes preStop hook, in the pod that is about to go
+
+Replicas and gateways move to other nodes if there is room, and finish what they have. Exit code 0: nothing is left.
+"""
+
+_CONFIG_EXAMPLES = """examples:
+  shoal config check cluster.yaml              tell whether it can work, and what it says
+  shoal config render cluster.yaml > serve.yaml && serve deploy serve.yaml
+"""
+
+_RAY_ENV_EXAMPLES = """examples:
+  eval "$(shoal ray-env)" && ray start --head  and on the other nodes: ray start --address=HEAD:6379
+
+The same on every node. Without it Shoal serves through Ray's Python proxy, which is several times slower.
 """
 
 _CHAT_EXAMPLES = """examples:
@@ -141,9 +176,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve large language models on Ray behind an OpenAI-compatible API.",
         epilog="`shoal COMMAND --help` shows each command's options and examples.",
     )
-    parser.add_argument("--version", action="version", version=f"shoal {importlib.metadata.version('shoal')}")
+    parser.add_argument("--version", action="version", version=f"shoal {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_deploy(commands)
     _add_plan(commands)
     _add_chat(commands)
     _add_status(commands)
@@ -195,6 +231,42 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank (default: its share)")
     serve.add_argument("--ray-address", metavar="ADDRESS", help='"auto" or host:port of a running Ray to join')
     serve.add_argument("--verbose", action="store_true", help="show the logs of Ray and of the replicas")
+
+
+def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    deploy = _add_command(
+        commands, "deploy", "serve on a running Ray cluster, or update what it serves", _DEPLOY_EXAMPLES
+    )
+    deploy.set_defaults(run=_deploy)
+    deploy.add_argument("file", metavar="CONFIG.yaml")
+    _add_ray_address(deploy)
+    deploy.add_argument("--no-wait", action="store_true", help="return at once; the update goes on")
+    deploy.add_argument("--timeout", type=float, metavar="SECONDS", help="fail if it does not run by then")
+    deploy.add_argument("--verbose", action="store_true", help="show the logs of Ray and of the replicas")
+    delete = _add_command(commands, "delete", "finish open requests and take down what was deployed", _DELETE_EXAMPLES)
+    delete.set_defaults(run=_delete)
+    _add_ray_address(delete)
+    delete.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for open requests (default: the deployed drain_timeout)"
+    )
+    delete.add_argument("--shutdown-serve", action="store_true", help="stop Ray Serve too, unless others use it")
+    delete.add_argument("--verbose", action="store_true", help="show the logs of Ray")
+    drain = _add_command(commands, "drain", "finish what this node serves, before its Ray stops", _DRAIN_EXAMPLES)
+    drain.set_defaults(run=_drain)
+    drain.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="at most (default: 300)")
+    _add_ray_address(drain)
+    config = _add_command(commands, "config", "check a configuration, or write it for Ray Serve", _CONFIG_EXAMPLES)
+    config.set_defaults(run=_config)
+    config.add_argument("action", choices=("check", "render"))
+    config.add_argument("file", metavar="CONFIG.yaml")
+    ray_env = _add_command(commands, "ray-env", "print the environment to start Ray in", _RAY_ENV_EXAMPLES)
+    ray_env.set_defaults(run=_ray_env)
+
+
+def _add_ray_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="host:port of a Ray (default: RAY_ADDRESS, or the one on this machine)"
+    )
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -363,6 +435,13 @@ def plan_config(args: argparse.Namespace) -> ClusterConfig:
     return override(config, keys)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("shoal")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed, as in a Ray job
+        return "from a checkout"
+
+
 # Each command is imported when it runs: Ray alone takes a second.
 
 
@@ -370,6 +449,42 @@ def _serve(args: argparse.Namespace) -> int:
     from shoal.cluster.commands.serve import serve
 
     return serve(serve_config(args), is_verbose=args.verbose)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.deploy import deploy
+
+    return deploy(
+        load_config(args.file),
+        ray_address=args.ray_address,
+        is_waiting=not args.no_wait,
+        timeout_s=args.timeout,
+        is_verbose=args.verbose,
+    )
+
+
+def _delete(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.deploy import delete
+
+    return delete(args.ray_address, timeout_s=args.timeout, has_shutdown=args.shutdown_serve, is_verbose=args.verbose)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.drain import drain_node
+
+    return drain_node(args.timeout, args.ray_address)
+
+
+def _config(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.configuration import check, render
+
+    return check(args.file) if args.action == "check" else render(args.file)
+
+
+def _ray_env(args: argparse.Namespace) -> int:
+    from shoal.cluster.commands.ray_env import ray_env
+
+    return ray_env()
 
 
 def _plan(args: argparse.Namespace) -> int:

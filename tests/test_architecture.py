@@ -42,6 +42,7 @@ ENGINE_FACE = FACTS | {
 SHARED = {
     "cluster.channel",
     "cluster.config",
+    "cluster.hub",
     "cluster.keys",
     "cluster.kv_events",
     "cluster.logs",
@@ -115,7 +116,8 @@ LAYERS: Mapping[str, set[str]] = {
     "engine.streaming": FACTS | {"engine.core", "engine.executor"},
     "engine.llm": FACTS | {"engine.core", "engine.executor", "engine.group", "engine.tokenizer", "engine.worker"},
     "engine": {"engine.llm", "engine.request"},
-    "cluster.config": ENGINE_FACE,
+    "cluster.config": ENGINE_FACE | {"cluster.hub"},
+    "cluster.hub": {"engine.config"},
     "cluster.channel": ENGINE_FACE,
     "cluster.metrics": ENGINE_FACE,
     "cluster.keys": {"engine.config", "cluster.config"},
@@ -160,6 +162,7 @@ OUTSIDE: Mapping[str, set[str]] = {
     },
     "cluster.admin": {"httpx", "ray", "starlette", "uvicorn"},
     "cluster.gateway.tracing": {"opentelemetry"},
+    "cluster.hub": {"huggingface_hub", "tqdm"},
     "cluster.simulation": {"matplotlib", "msgspec", "yaml"},
 }  # fmt: skip
 

@@ -125,6 +125,11 @@ def test_commands_and_their_options() -> None:
             "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
         ],
+        "deploy": ["--help", "--ray-address", "--no-wait", "--timeout", "--verbose"],
+        "delete": ["--help", "--ray-address", "--timeout", "--shutdown-serve", "--verbose"],
+        "drain": ["--help", "--timeout", "--ray-address"],
+        "config": ["--help"],
+        "ray-env": ["--help"],
         "plan": ["--help", "--gpus", "--dtype", "--max-model-len", "--max-running-requests", "--json"],
         "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
         "status": ["--help", "--url", "--ray-address", "--json"],
@@ -154,7 +159,7 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(ModelSettings.model_fields) == {
         "name", "model", "replicas", "tensor_parallel", "pipeline_parallel", "stage_layers", "nodes", "engine",
         "speculative", "resources", "max_ongoing_requests", "max_queued_requests", "objectives", "fairness",
-        "routing", "autoscaling", "drain_timeout", "usd_per_hour",
+        "routing", "autoscaling", "drain_timeout", "max_surge", "usd_per_hour",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import json
 import logging
@@ -12,40 +11,45 @@ import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from shoal.cluster.channel import Progress, local_ip
-from shoal.cluster.commands.haproxy import guarded_haproxy
+from shoal.cluster.channel import local_ip
 from shoal.cluster.commands.processes import adopt_orphans, end_descendants
-from shoal.cluster.config import ClusterConfig, base_url, locate_model
+from shoal.cluster.commands.ray_env import ray_environment
+from shoal.cluster.commands.rollout import (
+    Narrator,
+    StartError,
+    as_start_error,
+    check_models,
+    check_routing,
+    join_ray,
+    own_address,
+    roll_out,
+    tell,
+)
+from shoal.cluster.commands.takedown import delete, drain, is_deployed
+from shoal.cluster.config import ClusterConfig, base_url
 from shoal.cluster.keys import read_keys
 from shoal.cluster.logs import log_to
-from shoal.cluster.progress import ProgressReceiver
-from shoal.cluster.routing.policies import make_policy
 from shoal.engine.config import ConfigError
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
-STATUS_PERIOD_S: Final = 0.25
-STOP_PERIOD_S: Final = 0.05
-HTTP_TIMEOUT_S: Final = 30.0  # from the last replica's word to the first answer through the proxy
-DRAIN_WAIT_S: Final = 10.0  # for open requests, once it is to stop
+INTERRUPT_WAIT_S: Final = 10.0  # for open requests after Ctrl-C; after SIGTERM it is the configuration's drain_timeout
+DELETE_WAIT_S: Final = 10.0  # for replicas that have nothing left
 EXIT_WAIT_S: Final = 5.0
-SILENCE_TIMEOUT_S: Final = 600.0  # a start that says nothing for so long hangs
-
-
-class StartError(RuntimeError):
-    """The cluster did not come up."""
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM came. `wait_s` is for open requests; None leaves it to the configuration."""
+
+    def __init__(self, wait_s: float | None) -> None:
+        super().__init__(wait_s)
+        self.wait_s = wait_s
 
 
 def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
@@ -66,10 +70,12 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
     signals = _Signals()
     with signals.caught():
         code = 0
+        wait_s: float | None = 0.0
         try:
             _start_and_wait(config, signals, start, is_verbose=is_verbose)
-        except Stopped:
-            tell(config, "\nstopping (Ctrl-C again: without waiting for open requests)")
+        except Stopped as stopped:
+            tell(config.logging, "\nstopping (Ctrl-C again: without waiting for open requests)")
+            wait_s = stopped.wait_s
         except StartError as error:
             if config.logging.format == "json":
                 log.error("%s", error)
@@ -77,17 +83,9 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
             code = 1
         finally:
             signals.is_stopping = True
-            _tear_down(config, is_verbose=is_verbose)
+            _tear_down(config, wait_s, is_verbose=is_verbose)
             end_descendants(EXIT_WAIT_S)
         return code
-
-
-def tell(config: ClusterConfig, text: str) -> None:
-    """To who started this, as lines that people read or that programs do."""
-    if config.logging.format == "json":
-        log.info("%s", " ".join(text.split()))
-    else:
-        print(text, flush=True)
 
 
 def check_port(host: str, port: int, *, block: str = "http", options: str = "--host or --port") -> None:
@@ -107,24 +105,10 @@ def check_port(host: str, port: int, *, block: str = "http", options: str = "--h
             ) from None
 
 
-def check_routing(config: ClusterConfig) -> None:
-    """Raise ConfigError for a routing policy that cannot be made."""
-    for model in config.models:
-        make_policy(model.routing.policy, model.routing.options)
-
-
 def check_keys(config: ClusterConfig) -> None:
     """Raise ConfigError for a keys file that is not there or wrong."""
     if config.auth.keys_file is not None:
         read_keys(Path(config.auth.keys_file))
-
-
-def check_models(config: ClusterConfig) -> None:
-    """Raise ConfigError for a checkpoint or setting that no replica could start with."""
-    from shoal.engine.worker import resolve_options  # brings torch
-
-    for model in config.models:
-        resolve_options(model.options(locate_model(model.model)))
 
 
 class _Signals:
@@ -151,69 +135,40 @@ class _Signals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.is_stopping:
             self.is_stopping = True
-            raise Stopped
+            raise Stopped(INTERRUPT_WAIT_S if number == signal.SIGINT else None)
         end_descendants(0.0)
         os._exit(128 + number)
 
 
 def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, is_verbose: bool) -> None:
     """Bring everything up, then stay until a signal raises Stopped. Raises StartError."""
-    narrator = _Narrator(start, config)
+    narrator = Narrator(start, config.logging)
     address = config.ray.address
     narrator.say("starting Ray" if address is None else f"joining Ray at {address}")
-    with _as_start_error():
-        _start_ray(config, is_verbose=is_verbose)
+    with as_start_error():
+        if address is None:
+            _start_ray(config, is_verbose=is_verbose)
+        else:
+            join_ray(address, is_verbose=is_verbose)
         signals.install()
-    with ProgressReceiver(_own_ip(config)) as progress:
-        narrator.say("starting " + ", ".join(f"{model.first_replicas} x {model.name}" for model in config.models))
-        with _as_start_error():
-            _deploy(config, progress.address)
-        _wait_until_running(progress, narrator)
+    roll_out(config, narrator, own_ip=own_address(config))
     url = base_url(config.http.host, config.http.port)
-    _wait_until_answering(url)
     admin_url = base_url(config.admin.host, config.admin_port)
-    tell(config, announcement(url, admin_url, config.models[0].name, time.monotonic() - start))
+    tell(config.logging, announcement(url, admin_url, config.models[0].name, time.monotonic() - start))
     while True:
         signal.pause()
 
 
-@contextlib.contextmanager
-def _as_start_error() -> Iterator[None]:
-    try:
-        yield
-    except StartError:
-        raise
-    except Exception as error:
-        raise StartError(f"{type(error).__name__}: {_last_line(str(error))} (--verbose shows Ray's logs)") from error
-
-
-def _own_ip(config: ClusterConfig) -> str:
-    """Where replicas can reach this process, once Ray is up."""
-    import ray
-
-    return local_ip() if config.ray.address is None else str(ray.util.get_node_ip_address())
-
-
 def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
-    if config.ray.address is None:
-        # Read by ray.serve when it is imported, here and in every process that Ray starts.
-        for name, value in _ray_environment(config.http.header_timeout).items():
-            os.environ.setdefault(name, value)
+    # Read by ray.serve when it is imported, here and in every process that Ray starts.
+    for name, value in _own_environment(config.http.header_timeout).items():
+        os.environ.setdefault(name, value)
     import ray
 
     from shoal.cluster.app import num_cpus
 
     level = logging.INFO if is_verbose else logging.ERROR
     logging.getLogger("ray.serve").setLevel(level)
-    if config.ray.address is not None:
-        try:
-            ray.init(address=config.ray.address, log_to_driver=is_verbose, logging_level=level)
-        except ConnectionError as error:
-            raise StartError(
-                f"cannot join Ray at {config.ray.address} ({_last_line(str(error))}): check that it runs there, and "
-                f"that it takes this user's token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)"
-            ) from None
-        return
     ray.init(
         address="local",  # never a Ray that happens to run here
         num_cpus=int(sum(num_cpus(model) * model.max_replicas for model in config.models)) + 1,
@@ -225,23 +180,14 @@ def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
     )
 
 
-def _ray_environment(header_timeout_s: float) -> dict[str, str]:
-    haproxy = guarded_haproxy(header_timeout_s)
+def _own_environment(header_timeout_s: float) -> dict[str, str]:
+    """Of a Ray that is ours alone: others may run on this machine, and nobody has to notice that a gateway goes."""
     ports = free_ports(3)
     return {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Measured on 2 busy cores: 4 to 6 times the requests/s of Serve's Python proxy and half the time to first
-        # token at 32 streams.
-        "RAY_SERVE_ENABLE_HA_PROXY": "0" if haproxy is None else "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": "" if haproxy is None else str(haproxy),
+        **ray_environment(header_timeout_s),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
-        # No second event loop for routing and user code: half the CPU time per request in the gateway.
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # Ray runs its workers at nice 15, behind everything else on the machine, and this is a server.
-        "RAY_worker_niceness": "0",
-        # No load balancer in front of this machine has to notice that it goes.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
 
@@ -253,67 +199,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _deploy(config: ClusterConfig, progress_address: str) -> None:
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
-
-    from shoal.cluster.app import APP_NAME, build_app
-
-    encoding = "JSON" if config.logging.format == "json" else "TEXT"
-    quiet = LoggingConfig(encoding=encoding, log_level="WARNING", enable_access_log=False)
-    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port), logging_config=quiet)
-    app = build_app(
-        config,
-        progress_address=progress_address,
-        own_ip=local_ip() if config.ray.address is None else None,
-    )
-    target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
-
-
-def _wait_until_running(progress: ProgressReceiver, narrator: _Narrator) -> None:
-    from ray import serve
-    from ray.serve.schema import ApplicationStatus
-
-    from shoal.cluster.app import APP_NAME
-
-    heard_s = time.monotonic()
-    told = ""
-    while True:
-        message = progress.receive(STATUS_PERIOD_S)
-        if message is not None:
-            if message.error is not None:
-                raise StartError(f"{message.model}: {message.error}")
-            narrator.show(message)
-            heard_s = time.monotonic()
-            continue
-        overview = serve.status().applications.get(APP_NAME)
-        if overview is not None and overview.status is ApplicationStatus.RUNNING:
-            return
-        deployments = overview.deployments.values() if overview is not None else ()
-        reason = next((_last_line(deployment.message) for deployment in deployments if deployment.message), "")
-        if overview is not None and overview.status is not ApplicationStatus.DEPLOYING:
-            raise StartError(reason or _last_line(overview.message) or "unknown")
-        if reason and reason != told:  # Serve says so when it waits for resources that the cluster lacks
-            narrator.say(told := reason)
-        if time.monotonic() - heard_s > SILENCE_TIMEOUT_S:
-            raise StartError(f"no replica has made progress for {SILENCE_TIMEOUT_S:g} s: {reason or 'unknown'}")
-
-
-def _wait_until_answering(url: str) -> None:
-    """The proxy learns of the gateway a moment after Serve calls it running."""
-    deadline = time.monotonic() + HTTP_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            if time.monotonic() > deadline:
-                raise StartError(f"{url} does not answer: {error}") from None
-            time.sleep(0.05)
 
 
 def announcement(url: str, admin_url: str, model: str, seconds: float) -> str:
@@ -330,7 +215,8 @@ def announcement(url: str, admin_url: str, model: str, seconds: float) -> str:
     )
 
 
-def _tear_down(config: ClusterConfig, *, is_verbose: bool) -> None:
+def _tear_down(config: ClusterConfig, wait_s: float | None, *, is_verbose: bool) -> None:
+    """`wait_s`: for open requests; None is the configuration's drain_timeout."""
     import ray
 
     if not ray.is_initialized():
@@ -342,54 +228,7 @@ def _tear_down(config: ClusterConfig, *, is_verbose: bool) -> None:
         if not is_verbose:
             hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
             hidden.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        is_gone = _delete_app()
+        is_gone = not is_deployed() or (drain(wait_s) and delete(DELETE_WAIT_S))
         if config.ray.address is None and is_gone:
             serve.shutdown()
         ray.shutdown()
-
-
-def _delete_app() -> bool:
-    """Let open requests finish for DRAIN_WAIT_S; whether all are. Replicas may take a whole drain_timeout: in a cluster
-    they do so after this process has left, on a Ray of our own they end with it.
-    """
-    from ray import serve
-
-    from shoal.cluster.app import APP_NAME
-
-    if APP_NAME not in serve.status().applications:
-        return True
-    serve.delete(APP_NAME, _blocking=False)
-    deadline = time.monotonic() + DRAIN_WAIT_S
-    while APP_NAME in serve.status().applications:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(STOP_PERIOD_S)
-    return True
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else text
-
-
-class _Narrator:
-    """Says what is being done, with the seconds since the command began."""
-
-    def __init__(self, start: float, config: ClusterConfig) -> None:
-        self._start = start
-        self._config = config
-        self._shown: dict[tuple[str, str], int] = {}
-
-    def say(self, text: str) -> None:
-        seconds = time.monotonic() - self._start
-        tell(self._config, text if self._config.logging.format == "json" else f"  {seconds:5.1f} s  {text}")
-
-    def show(self, progress: Progress) -> None:
-        """Every fifth of a phase, so that a log file stays readable."""
-        fifth = 5 * progress.done // progress.total if progress.total else 0
-        key = (progress.model, progress.phase)
-        if self._shown.get(key) == fifth:
-            return
-        self._shown[key] = fifth
-        share = f" {20 * fifth} %" if progress.total else ""
-        self.say(f"{progress.model}: {progress.phase}{share}")

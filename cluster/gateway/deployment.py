@@ -6,7 +6,8 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import ray
 from fastapi import FastAPI
@@ -14,7 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.cluster.channel import GatewayFacts, ModelStatus, PeerMessage, Spent
+from shoal.cluster.channel import DrainState, GatewayFacts, ModelStatus, PeerMessage, Spent
 from shoal.cluster.config import (
     AuthSettings,
     HttpSettings,
@@ -27,6 +28,7 @@ from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.auth import start_auth
 from shoal.cluster.gateway.backend import ServedModel
 from shoal.cluster.gateway.inbox import StepInbox
+from shoal.cluster.gateway.readiness import DrainableApp
 from shoal.cluster.gateway.recording import Recorder
 from shoal.cluster.gateway.replica_backend import ReplicaBackend
 from shoal.cluster.gateway.routes import build_app
@@ -36,6 +38,8 @@ from shoal.cluster.metrics import HttpMetrics, Snapshot
 from shoal.cluster.routing.mirror import Mirror
 from shoal.cluster.routing.model_routing import ModelRouting, expire_mirrored, routing_of, take_peer_message
 from shoal.engine.tokenizer import Tokenizer
+
+FACTS_PERIOD_S: Final = 1.0
 
 
 class Gateway:
@@ -64,6 +68,7 @@ class Gateway:
             sample_ratio=tracing.sample_ratio if self._export is not None else None, export=self._export
         )
         self._http = http
+        self._drain_timeout_s = max(model.drain_timeout for model in models)
         self._http_metrics = HttpMetrics()
         self._inbox = StepInbox(own_ip or self._node, self._take_peer_message)
         self._mirror = Mirror(self._inbox.address, self._pass_mirror_period)
@@ -79,6 +84,27 @@ class Gateway:
         served = await asyncio.gather(*(self._serve(model, self._backends[model.name]) for model in models))
         self._models = {model.name: model for model in served}
         self._admissions = {model.name: self._admission(model) for model in models}
+        self._refresh = asyncio.create_task(self._keep_facts())
+
+    async def drain(self, node_id: str | None = None, is_over: bool = False) -> DrainState:
+        """Take no more requests, and answer how many are open. With `node_id`, only the gateways on that node do.
+        `is_over` cuts off those that are still open.
+        """
+        app = self._app
+        if node_id in (None, ray.get_runtime_context().get_node_id()):
+            app.is_draining = True
+            if is_over:
+                app.cut_off()
+        return DrainState(app.is_draining, app.num_open, self._drain_timeout_s)
+
+    async def _keep_facts(self) -> None:
+        """Replicas of an update may take longer prompts than those before them, or shorter ones."""
+        while True:
+            await asyncio.sleep(FACTS_PERIOD_S)
+            for name, model in self._models.items():
+                length = self._backends[name].max_model_len
+                if length not in (None, model.max_model_len):
+                    self._models[name] = replace(model, max_model_len=length)
 
     def _take_peer_message(self, message: PeerMessage) -> None:
         if not isinstance(message, Spent):
@@ -107,7 +133,8 @@ class Gateway:
         )
 
     async def _serve(self, model: ModelSettings, backend: ReplicaBackend) -> ServedModel:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, locate_model(model.model))
+        path = await asyncio.to_thread(locate_model, model.model, has_weights=False)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         facts = await backend.facts()
         return ServedModel(
             name=model.name,
@@ -129,7 +156,8 @@ class Gateway:
             cors_origins=self._http.cors_origins,
             auth=self._auth,
         )
-        return CountedApp(app, self._http_metrics)
+        self._app = DrainableApp(CountedApp(app, self._http_metrics))
+        return self._app
 
     # -- what Admin asks ---------------------------------------------------------------------------------------
 

@@ -46,6 +46,11 @@ class ReplicaBackend:
         self._described: OrderedDict[str, RoutedRequest] = OrderedDict()
         self._watches: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
 
+    @property
+    def max_model_len(self) -> int | None:
+        """That every replica takes which runs now; None while none does."""
+        return self._routing.max_model_len
+
     async def facts(self) -> ReplicaFacts:
         """Wait until a replica is ready and ask it about the model."""
         facts: ReplicaFacts = await self._handle.facts.remote()

@@ -27,6 +27,7 @@ from shoal.cluster.gateway.formats import ChatFormat, CompletionFormat, Format
 from shoal.cluster.gateway.front import CLIENT_CLOSED_REQUEST, FrontMiddleware, read_body
 from shoal.cluster.gateway.generation import Generation, collect
 from shoal.cluster.gateway.openapi import description
+from shoal.cluster.gateway.readiness import Readiness
 from shoal.cluster.gateway.recording import Recorder, RecordingMiddleware
 from shoal.cluster.gateway.responses import (
     Completion,
@@ -70,7 +71,7 @@ def build_app(
     auth: Auth | None = None,
     recorder: Recorder | None = None,
 ) -> FastAPI:
-    """The gateway over `models` by name.
+    """The gateway over `models` by name, as they are when a request comes.
 
     `admissions`: who gets in, for models whose objectives and weights are not the defaults. `auth`: who may ask at all;
     None is anybody. `cors_origins`: sites whose pages may ask, "*" for all. `recorder` keeps the timelines.
@@ -85,7 +86,7 @@ def build_app(
         ("POST", "/tokenize", gateway.tokenize),
         ("POST", "/detokenize", gateway.detokenize),
         ("GET", "/health", gateway.health),
-        ("GET", "/ping", gateway.health),
+        ("GET", "/ping", gateway.ping),
         ("GET", "/version", gateway.version),
         ("GET", "/openapi.json", gateway.describe),
     )
@@ -116,7 +117,8 @@ class _Gateway:
         *,
         has_keys: bool,
     ) -> None:
-        self._models = dict(models)
+        self._models = models
+        self._readiness = Readiness(lambda: [model.backend for model in models.values()])
         self._admissions = {
             name: admissions[name] if name in admissions else Admission(model.backend) for name, model in models.items()
         }
@@ -200,7 +202,12 @@ class _Gateway:
         return _json(_card(self._model(http.path_params["name"], http)))
 
     async def health(self, http: Request) -> Response:
-        await asyncio.gather(*(model.backend.check_health() for model in self._models.values()))
+        """Ready: every model answers."""
+        await self._readiness.check()
+        return Response()
+
+    async def ping(self, http: Request) -> Response:
+        """Alive, whatever else is."""
         return Response()
 
     async def version(self, http: Request) -> Response:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 
+from shoal.cluster import hub
 from shoal.cluster.autoscaling.signals import ReplicaSignals
 from shoal.cluster.channel import CallSummary, GenerateCall, GroupStatus, ReplicaFacts
 from shoal.cluster.config import LogSettings, ModelSettings, locate_model
@@ -59,8 +60,9 @@ class Replica:
         self._reporter = Reporter(lambda: self._calls.gateways)
         with ProgressSender(progress_address, model.name) as progress:
             try:
+                path = await asyncio.to_thread(locate_model, model.model, on_progress=progress.send)
                 self._engine = AsyncEngine(
-                    _engine_factory(model, rank_resources, self._label),
+                    _engine_factory(model, path, rank_resources, self._label),
                     on_progress=progress.send,
                     observer=self._reporter.observe,
                 )
@@ -98,8 +100,10 @@ class Replica:
         return GroupStatus("running", self._label, info.num_blocks, config.block_size, info.ranks)
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Serve gives it to every router: where to follow this replica, and the `engine` label of its metrics."""
-        return {**self._publisher.endpoints, "label": self._label}
+        """Serve gives it to every router: where to follow this replica, the `engine` label of its metrics, and how
+        long a request it takes.
+        """
+        return {**self._publisher.endpoints, "label": self._label, "max_model_len": self._engine.max_model_len}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve gives it to the autoscaling policy."""
@@ -133,11 +137,14 @@ class Replica:
         os._exit(1)
 
 
-def _engine_factory(model: ModelSettings, rank_resources: Resources, label: str) -> EngineFactory:
+def _engine_factory(model: ModelSettings, path: str, rank_resources: Resources, label: str) -> EngineFactory:
     """Raises ConfigError."""
-    options = model.options(locate_model(model.model))
+    options = model.options(path)
     if options.num_ranks == 1:
         from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
 
         return local_engine(options)
-    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, label))
+    drafts = options.speculative.model if options.speculative is not None else None
+    named = ((model.model, path), (model.speculative.model if model.speculative is not None else None, drafts))
+    fetched = tuple(hub.pinned(name, place) for name, place in named if name and place and name.startswith(hub.PREFIX))
+    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, label, fetched))

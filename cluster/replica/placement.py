@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 StageSpread = Literal["pack", "spread", "strict_spread"]
 Strategy = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
@@ -63,3 +63,31 @@ def place(
     selectors = [labels] * pipeline_parallel if isinstance(labels, Mapping) else labels
     assert len(selectors) == pipeline_parallel, (labels, pipeline_parallel)
     return Placement(tuple(bundles), STRATEGIES[stages], tuple(selectors))
+
+
+Room: TypeAlias = Mapping[str, tuple[Mapping[str, float], Mapping[str, str]]]  # by node: what is free there, its labels
+
+
+def take(placement: Placement, room: Room) -> Room | None:
+    """What is free once a replica has taken its place; None if none is certain.
+
+    First fit, and only labels that must be equal count as met. Ray may find a place where this does not.
+    """
+    left = dict(room)
+    taken: set[str] = set()
+    for bundle, labels in zip(placement.bundles, placement.label_selectors, strict=True):
+        is_alone = placement.strategy == "STRICT_SPREAD"
+        node = next((n for n in left if not (is_alone and n in taken) and _fits(bundle, labels, *left[n])), None)
+        if node is None:
+            return None
+        taken.add(node)
+        free, own_labels = left[node]
+        left[node] = {name: free.get(name, 0.0) - bundle.get(name, 0.0) for name in free}, own_labels
+    return left
+
+
+def _fits(
+    bundle: Mapping[str, float], labels: Mapping[str, str], free: Mapping[str, float], own_labels: Mapping[str, str]
+) -> bool:
+    has_room = all(free.get(name, 0.0) >= amount for name, amount in bundle.items())
+    return has_room and all(own_labels.get(key) == value for key, value in labels.items())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+from shoal.cluster import hub
 from shoal.cluster.logs import log_as_environment_says
 from shoal.engine.group.launcher import RankStart
 from shoal.engine.group.rank import rank_main
@@ -12,6 +14,9 @@ from shoal.engine.group.rank import rank_main
 class RankActor:
     """Lives for one call, which is the rank's whole life and ends with the process."""
 
-    def run(self, start: RankStart, replica: str) -> None:
+    def run(self, start: RankStart, replica: str, fetched: Sequence[str] = ()) -> None:
+        """`fetched`: models of a hub that its coordinator has. Raises ConfigError."""
         log_as_environment_says(os.environ, replica=replica)
+        for reference in fetched:
+            hub.fetch(reference)
         rank_main(start)

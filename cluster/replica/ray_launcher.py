@@ -19,11 +19,12 @@ from shoal.engine.group.launcher import RankHandle, RankStart
 class RayLauncher:
     """Starts rank actors, a stage a bundle. They are owned by this process: if it dies, Ray ends them."""
 
-    def __init__(self, tensor_parallel: int, resources: Resources, replica: str) -> None:
-        """`resources` are of one rank, `replica` is what its log lines name. To be made in an actor that is in the
-        group's placement group.
+    def __init__(self, tensor_parallel: int, resources: Resources, replica: str, fetched: Sequence[str] = ()) -> None:
+        """`resources` are of one rank, `replica` is what its log lines name; `fetched` are models of a hub that the
+        ranks' nodes must have too. To be made in an actor that is in the group's placement group.
         """
         self._replica = replica
+        self._fetched = tuple(fetched)
         self._tensor_parallel = tensor_parallel
         self._resources = resources
         group = ray.util.get_current_placement_group()
@@ -51,7 +52,7 @@ class RayLauncher:
             )
             .remote()
         )
-        return RankActorHandle(actor, actor.run.remote(start, self._replica).future())
+        return RankActorHandle(actor, actor.run.remote(start, self._replica, self._fetched).future())
 
 
 class RankActorHandle:

@@ -42,6 +42,7 @@ Metadata = Mapping[str, Any]  # of a replica: what its `record_replica_metadata`
 LABEL: Final = "label"
 MAX_LOST: Final = 256  # replicas that are remembered, so that none counts twice
 MAX_CANDIDATES: Final = 4  # of a decision, that a timeline tells
+MAX_MODEL_LEN: Final = "max_model_len"
 Reason = Literal["cached", "elsewhere", "new"]
 
 
@@ -153,6 +154,11 @@ class ModelRouting:
         self._followed.add(key)
         self._block_size = int(metadata["block_size"])
         self.router.add(key, slot)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The shortest of the replicas that take calls."""
+        return min((one[MAX_MODEL_LEN] for one in list(self._replicas.values()) if MAX_MODEL_LEN in one), default=None)
 
     def label(self, key: str) -> str:
         """The `engine` label of the replica's metrics."""

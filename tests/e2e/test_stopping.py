@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -37,14 +38,19 @@ def test_ctrl_c_stops_a_busy_server_and_leaves_no_process(start_server: Callable
     assert "Traceback" not in server.output
 
 
-def test_a_second_ctrl_c_does_not_wait(start_server: Callable[..., Any]) -> None:
+def test_sigterm_drains_and_a_second_signal_does_not_wait(start_server: Callable[..., Any]) -> None:
     server = start_server()
     server.wait_for("ready after")
     ended = threading.Event()
     threading.Thread(target=_stream, args=(server.url, ended), daemon=True).start()
     time.sleep(1.0)
-    server.interrupt()
+    server.process.terminate()
     server.wait_for("stopping")
+    refusal = _refusal(server.url)
+    assert refusal.code == 503
+    assert int(refusal.headers["retry-after"]) > 0
+    assert json.load(refusal)["error"]["code"] == "draining"
+    assert not ended.is_set(), "what is open goes on"
     server.interrupt()
     assert server.wait(5.0) == 130
     assert server.processes() == {}
@@ -74,6 +80,18 @@ def test_a_replica_that_cannot_start_says_why_and_stops_everything(
     assert f"tiny: {model} is truncated" in errors[0]
     assert server.processes() == {}
     assert "Traceback" not in server.output
+
+
+def _refusal(url: str) -> urllib.error.HTTPError:
+    """Of a readiness probe, within a few seconds."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=10).close()
+        except urllib.error.HTTPError as error:
+            return error
+        assert time.monotonic() < deadline, "still ready"
+        time.sleep(0.05)
 
 
 def _stream(url: str, ended: threading.Event) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
 
-from shoal.cluster.app import build_app, num_cpus
+from shoal.cluster.app import build_app, deployment_name, num_cpus
 from shoal.cluster.config import parse_config
 from shoal.cluster.routing.serve_router import ShoalRouter
 from shoal.engine.config import ConfigError
@@ -68,3 +69,67 @@ def test_one_admin_is_part_of_the_application_and_runs_on_the_head_node() -> Non
 def test_a_policy_that_cannot_be_made_is_refused_when_the_application_is_built() -> None:
     with pytest.raises(ConfigError, match=r"no routing policy 'random'.*prefix_aware"):
         build_app(parse_config({"models": [{"routing": "random"}]}))
+
+
+def versions(**config: Any) -> dict[str, str]:
+    """Of each deployment: what Serve restarts replicas for when it changes."""
+    parsed = parse_config(config)
+    gateway = build_app(parsed, progress_address=f"tcp://10.0.0.1:{next(_PORTS)}")._bound_deployment
+    replicas = [application._bound_deployment for application in gateway.init_args[2].values()]
+    return {deployment.name: deployment._version for deployment in (gateway, *replicas)}
+
+
+_PORTS = count(5000)
+A: dict[str, Any] = {"name": "a", "engine": {"device": "cpu", "num_threads": 1}}
+B: dict[str, Any] = {"name": "b/c", "engine": {"device": "cpu", "num_threads": 1}}
+
+
+def test_the_same_configuration_again_restarts_nothing() -> None:
+    assert versions(models=[A, B]) == versions(models=[A, B])
+    before, after = versions(models=[A, B]), versions(models=[B, A])
+    assert {name: before[name] for name in before if name != "gateway"} == {
+        name: after[name] for name in after if name != "gateway"
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "restarted"),
+    [
+        ({"engine": {**A["engine"], "max_running_requests": 3}}, {"replica-a"}),
+        ({"speculative": "ngram"}, {"replica-a", "gateway"}),
+        ({"objectives": {"ttft_ms": 5}}, {"gateway"}),
+        ({"fairness": {"window_ms": 5}}, {"gateway"}),
+        ({"routing": "round_robin"}, {"gateway"}),
+        ({"replicas": 3}, set()),
+        ({"max_surge": 2}, set()),
+        ({"max_ongoing_requests": 7}, set()),
+        ({"autoscaling": {"min_replicas": 1, "max_replicas": 4}}, set()),
+    ],
+)
+def test_only_what_a_change_is_about_restarts(change: dict[str, Any], restarted: set[str]) -> None:
+    before, after = versions(models=[A, B]), versions(models=[{**A, **change}, B])
+    assert {name for name in before if before[name] != after[name]} == restarted
+
+
+def test_a_gateway_setting_restarts_gateways_only() -> None:
+    before, after = versions(models=[A]), versions(models=[A], http={"max_body_bytes": 4096})
+    assert {name for name in before if before[name] != after[name]} == {"gateway"}
+    assert versions(models=[A], gateways=3) == before
+
+
+@pytest.mark.parametrize(
+    ("max_surge", "replicas", "percent"), [(0, 4, 0), (1, 1, 100), (1, 8, 12), (2, 8, 25), (9, 2, 100)]
+)
+def test_max_surge_in_the_percent_that_serve_rounds_up(max_surge: int, replicas: int, percent: int) -> None:
+    model = {**A, "max_surge": max_surge, "replicas": replicas}
+    gateway = build_app(parse_config({"models": [model]}))._bound_deployment
+    config = gateway.init_args[2]["a"]._bound_deployment._deployment_config
+    assert config.max_surge_percent == percent
+    assert -(-percent * replicas // 100) == min(max_surge, replicas)
+    assert gateway._deployment_config.max_surge_percent == 100
+
+
+def test_names_of_deployments_tell_models_apart() -> None:
+    names = [deployment_name(name) for name in ("a", "b/c", "b-c", "b:c")]
+    assert names[0] == "replica-a"
+    assert len(set(names)) == 4

@@ -106,7 +106,13 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["plan"], ["chat"], ["status"], ["why"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [], ["serve"], ["deploy"], ["delete"], ["drain"], ["config"], ["ray-env"], ["plan"], ["chat"], ["status"],
+        ["why"],
+    ],
+)  # fmt: skip
 def test_help_is_worth_reading(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.util.placement_group import validate_placement_group
 
-from shoal.cluster.replica.placement import STRATEGIES, Resources, place
+from shoal.cluster.replica.placement import STRATEGIES, Resources, Room, StageSpread, place, take
 
 CPU_RANK = Resources(num_cpus=4.0, num_gpus=0.0)
 GPU_RANK = Resources(num_cpus=1.0, num_gpus=1.0)
@@ -50,3 +51,29 @@ def test_every_shape_is_a_placement_group_that_holds_all_of_it(
     for stage, bundle in enumerate(placement.bundles):
         assert bundle.get("GPU", 0) == tensor_parallel * rank.num_gpus + (coordinator.num_gpus if stage == 0 else 0)
         assert bundle.get("CPU", 0) >= tensor_parallel * rank.num_cpus + (coordinator.num_cpus if stage == 0 else 0)
+
+
+def room(*free: tuple[float, float], labels: dict[str, str] | None = None) -> Room:
+    return {f"n{i}": ({"CPU": cpus, "GPU": gpus}, labels or {}) for i, (cpus, gpus) in enumerate(free)}
+
+
+@pytest.mark.parametrize(
+    ("stages", "free", "left"),
+    [
+        ("pack", [(8, 4)], [(4, 0)]),
+        ("strict_spread", [(8, 4)], None),  # a node for each stage
+        ("strict_spread", [(8, 2), (8, 2)], [(6, 0), (6, 0)]),
+        ("pack", [(8, 1), (8, 1), (8, 1)], None),  # enough of all, but nowhere a whole stage
+    ],
+)
+def test_a_replica_takes_room_or_there_is_none(
+    stages: StageSpread, free: list[tuple[float, float]], left: list[tuple[float, float]] | None
+) -> None:
+    placement = place(2, 2, Resources(1, 1), Resources(0, 0), stages=stages, labels={})
+    assert take(placement, room(*free)) == (room(*left) if left is not None else None)
+
+
+def test_room_with_other_labels_is_none() -> None:
+    placement = place(1, 1, Resources(1, 0), Resources(0, 0), stages="pack", labels={"zone": "a"})
+    assert take(placement, room((1, 0), labels={"zone": "b"})) is None
+    assert take(placement, room((1, 0), labels={"zone": "a"})) is not None

@@ -37,6 +37,7 @@ class PlayedBackend:
         self.prediction: Prediction | None = None
         self.placed: Placement | None = None
         self.calls: list[GenerateCall] = []
+        self.has_begun = asyncio.Event()
         self.num_closed = 0
         self.num_steps = 0
 
@@ -51,6 +52,7 @@ class PlayedBackend:
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
         self.calls.append(call)
+        self.has_begun.set()
         tokens, reason = self.script(call)
         size = self.tokens_per_step
         steps = [tokens[at : at + size] for at in range(0, len(tokens), size)]
