@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "shoal"
 HELM_TIMEOUT_S = 60
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 10 times as fast, where PyYAML has it
+
 Object = dict[str, Any]
 
 
@@ -84,7 +86,7 @@ def render(helm: str) -> Callable[..., Rendered]:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=HELM_TIMEOUT_S)
         if done.returncode != 0:
             return Rendered((), done.stderr)
-        return Rendered(tuple(o for o in yaml.safe_load_all(done.stdout) if o is not None))
+        return Rendered(tuple(o for o in yaml.load_all(done.stdout, LOADER) if o is not None))
 
     def render_values(values: Mapping[str, Any] | str, *, kube: str = "1.34.0", release: str = "demo") -> Rendered:
         text = (CHART / "ci" / values).read_text() if isinstance(values, str) else yaml.safe_dump(dict(values))

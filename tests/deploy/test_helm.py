@@ -40,6 +40,10 @@ _SELECTOR = {"type": "object", "additionalProperties": False, "properties": {"ma
 _INTERVAL = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
 
 
+# It reads a megabyte of JSON for every object otherwise.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
+
+
 def _closed(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
     return {
         "type": "object",

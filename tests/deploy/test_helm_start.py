@@ -232,6 +232,7 @@ def chat(port: int, model: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_demo_and_several_models_start(render: Render) -> None:
     """One node beside the head stands for all groups; the soak test has one for each."""
     (port,) = free_ports(1)
@@ -259,7 +260,8 @@ def test_the_demo_and_several_models_start(render: Render) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", [name for name in VALUES if name != "cpu-demo.yaml"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", VALUES)
 def test_every_values_file_starts(render: Render, name: str) -> None:
     """On a node for every pod, found by its labels."""
     (port,) = free_ports(1)
