@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from shoal.cluster.commands.haproxy import guarded_haproxy
+from shoal.cluster.commands.haproxy import HEADER_TIMEOUT_ENV, guarded_haproxy
 from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, HttpSettings
 
 
@@ -13,12 +13,13 @@ def ray_environment(header_timeout_s: float) -> dict[str, str]:
 
     `header_timeout_s`: what HAProxy gives a client for all its headers.
     """
-    haproxy = guarded_haproxy(header_timeout_s)
+    haproxy = guarded_haproxy()
     has_proxy = {
         "RAY_SERVE_ENABLE_HA_PROXY": "0" if haproxy is None else SERVE_ENV["RAY_SERVE_ENABLE_HA_PROXY"],
         "RAY_SERVE_HAPROXY_BINARY_PATH": "" if haproxy is None else str(haproxy),
     }
-    return {"RAY_USAGE_STATS_ENABLED": "0", **SERVE_ENV, **has_proxy}
+    timeout = {HEADER_TIMEOUT_ENV: str(round(header_timeout_s * 1000))}
+    return {"RAY_USAGE_STATS_ENABLED": "0", **SERVE_ENV, **has_proxy, **timeout}
 
 
 def ray_env() -> int:

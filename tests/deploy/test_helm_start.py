@@ -28,7 +28,7 @@ import yaml
 
 from shoal.cluster.commands.haproxy import guarded_haproxy
 from shoal.cluster.commands.serve import free_ports
-from shoal.cluster.config import EMBEDDED_MODEL, HttpSettings
+from shoal.cluster.config import EMBEDDED_MODEL
 
 Object = dict[str, Any]
 Render = Callable[..., Any]  # the fixture: values, or a values file of the chart's, as Helm renders them
@@ -114,7 +114,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",  # as KubeRay sets it where authOptions.mode is token
             "RAY_AUTH_TOKEN": self._token,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(guarded_haproxy(HttpSettings().header_timeout)),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(guarded_haproxy()),
         }
         for name, value in given.items():
             if value.startswith("/cache"):

@@ -16,6 +16,7 @@
   "SHOAL_CACHE_DIR" "/cache/shoal"
   "HF_HOME" "/cache/huggingface"
   "TRITON_CACHE_DIR" "/cache/triton"
+  "SHOAL_HEADER_TIMEOUT_MS" (default 10 .Values.http.headerTimeout | float64 | mulf 1000 | int | toString)
 -}}
 {{- with .Values.hub.endpoint -}}{{- $_ := set $env "HF_ENDPOINT" . -}}{{- end -}}
 {{- if ne .Values.ray.auth.mode "token" -}}{{- $_ := set $env "RAY_AUTH_MODE" "disabled" -}}{{- end -}}

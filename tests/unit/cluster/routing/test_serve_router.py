@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest
 
 from shoal.cluster.channel import GenerateCall
 from shoal.cluster.metrics import GROUP_RESTARTS
-from shoal.cluster.routing import model_routing, serve_router
+from shoal.cluster.routing import model_routing
 from shoal.cluster.routing.model_routing import ModelRouting
 from shoal.cluster.routing.serve_router import MAX_SINGLE, ShoalRouter
 from shoal.engine.load import EngineLoad
@@ -145,7 +145,8 @@ async def test_replicas_that_died_are_counted_once_and_those_taken_down_are_not(
         asked.append(actor_name)
         return actor_name.endswith("#b")
 
-    monkeypatch.setattr(serve_router, "has_died", has_died)
+    # Not the module's: Serve pickles the class by value, and what it unpickles in this process has globals of its own.
+    monkeypatch.setitem(ShoalRouter._count_lost.__globals__, "has_died", has_died)
 
     async def lost() -> float:
         for thread in threading.enumerate():
