@@ -225,7 +225,7 @@ async def test_requests_at_once_are_limited_and_their_places_come_back(guarded: 
 async def test_a_revoked_key_is_refused_within_moments_and_its_open_stream_ends_well(guarded: Guarded) -> None:
     text = guarded.file.read_text()
     async with guarded.client("leaving") as client:
-        body = BODY | {"max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = BODY | {"max_tokens": 100, "ignore_eos": True, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
             lines = answer.aiter_lines()
