@@ -79,7 +79,9 @@ def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
         num_running = gateways.replica_states.get("RUNNING", 0) if gateways is not None else 0
         if not num_running:
             return []
-        handle = handle or serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        if handle is None:
+            handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+            handle._init(_run_router_in_separate_loop=True)  # there is no event loop here, whatever SERVE_ENV says
         answers: list[object] = []
         with contextlib.suppress(TimeoutError, DeploymentUnavailableError):
             asked = handle.broadcast("drain", node_id, is_over)
