@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final
@@ -63,19 +64,32 @@ def delete(timeout_s: float = GONE_TIMEOUT_S) -> bool:
 
 
 def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
-    """What the gateways that run answer."""
+    """What the gateways that run answer. Raises what one of them raises."""
     from ray import serve
+    from ray.exceptions import RayTaskError
     from ray.serve.exceptions import DeploymentUnavailableError
 
     from shoal.cluster.app import APP_NAME, GATEWAY_NAME
 
-    app = serve.status().applications.get(APP_NAME)
-    gateways = app.deployments.get(GATEWAY_NAME) if app is not None else None
-    if gateways is None or not gateways.replica_states.get("RUNNING"):
-        return []
-    handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
-    try:
-        answers = handle.broadcast("drain", node_id, is_over).results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
-    except (TimeoutError, DeploymentUnavailableError):
-        return []
-    return [answer for answer in answers if isinstance(answer, DrainState)]
+    handle = None
+    deadline = time.monotonic() + ASK_TIMEOUT_S
+    while True:
+        app = serve.status().applications.get(APP_NAME)
+        gateways = app.deployments.get(GATEWAY_NAME) if app is not None else None
+        num_running = gateways.replica_states.get("RUNNING", 0) if gateways is not None else 0
+        if not num_running:
+            return []
+        if handle is None:
+            handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+            handle._init(_run_router_in_separate_loop=True)  # there is no event loop here, whatever SERVE_ENV says
+        answers: list[object] = []
+        with contextlib.suppress(TimeoutError, DeploymentUnavailableError):
+            asked = handle.broadcast("drain", node_id, is_over)
+            answers = asked.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+        if failed := next((answer for answer in answers if isinstance(answer, RayTaskError)), None):
+            raise failed
+        states = [answer for answer in answers if isinstance(answer, DrainState)]
+        # A handle that is new knows of no replica yet.
+        if len(states) >= num_running or time.monotonic() > deadline:
+            return states
+        time.sleep(POLL_S)
