@@ -27,6 +27,7 @@ from shoal.cluster.config import (
 from shoal.cluster.gateway.admission import Admission, Objectives
 from shoal.cluster.gateway.auth import start_auth
 from shoal.cluster.gateway.backend import ServedModel
+from shoal.cluster.gateway.errors import REQUEST_ID_HEADER
 from shoal.cluster.gateway.inbox import StepInbox
 from shoal.cluster.gateway.readiness import DrainableApp
 from shoal.cluster.gateway.recording import Recorder
@@ -212,7 +213,9 @@ def _export(tracing: TracingSettings) -> OtlpExport | None:
 
 
 class CountedApp:
-    """Counts what an ASGI application answers."""
+    """Counts what an ASGI application answers. Serve's server puts the x-request-id of a request on its answer too: of
+    two that are the same one is sent.
+    """
 
     def __init__(self, app: FastAPI, metrics: HttpMetrics) -> None:
         self._app = app
@@ -225,11 +228,13 @@ class CountedApp:
             return
         start = time.monotonic()
         status = 499  # the client left before there was an answer
+        named = [header for header in scope["headers"] if header[0] == REQUEST_ID_HEADER]
 
         async def send_and_look(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [header for header in message.get("headers", ()) if header not in named]
             await send(message)
 
         self._metrics.num_open += 1

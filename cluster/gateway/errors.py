@@ -21,7 +21,7 @@ from shoal.engine.request import RequestError
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID_HEADER = b"x-request-id"
+REQUEST_ID_HEADER = b"x-request-id"
 _MAX_REQUEST_ID = 128
 _MAX_LISTED = 1000  # pydantic gives all that is wrong or nothing, in a microsecond and half a kilobyte each
 _MAX_SHOWN = 80  # characters of a refused value in a message
@@ -136,7 +136,7 @@ class RequestIdMiddleware:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID_HEADER, request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id.encode())]
             await send(message)
 
         try:
@@ -148,7 +148,7 @@ class RequestIdMiddleware:
 
 
 def _client_request_id(scope: Scope) -> str | None:
-    value: bytes = dict(scope["headers"]).get(_REQUEST_ID_HEADER, b"")
+    value: bytes = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")
     text = value.decode("latin-1")
     return text if 0 < len(text) <= _MAX_REQUEST_ID and text.isascii() and text.isprintable() else None
 

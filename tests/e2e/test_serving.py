@@ -244,6 +244,24 @@ def test_the_playgrounds_way_is_that_of_any_client(server) -> None:
         assert answer.headers["x-shoal-replica"] == "0"
 
 
+def test_an_answer_has_one_request_id_and_the_admin_port_tells_where_its_time_went(server) -> None:
+    body = {"model": EMBEDDED_MODEL, "messages": QUESTION, "max_tokens": 8}
+    for given in ("mine-7", None):
+        request = urllib.request.Request(
+            f"{server.url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json", **({"x-request-id": given} if given else {})},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (request_id,) = answer.headers.get_all("x-request-id")
+        assert given in (None, request_id)
+        with urllib.request.urlopen(f"{server.admin_url}/debug/requests/{request_id}", timeout=20) as answer:
+            timeline = json.load(answer)
+        names = {span["name"] for span in timeline["spans"]}
+        assert {"read", "call"} <= names, timeline
+        assert timeline["explanation"], timeline
+
+
 def test_a_killed_admin_disturbs_no_stream_and_comes_back(server, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=EMBEDDED_MODEL, prompt="Count:", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
