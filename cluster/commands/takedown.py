@@ -71,7 +71,6 @@ def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
 
     from shoal.cluster.app import APP_NAME, GATEWAY_NAME
 
-    handle = None
     deadline = time.monotonic() + ASK_TIMEOUT_S
     while True:
         app = serve.status().applications.get(APP_NAME)
@@ -79,8 +78,8 @@ def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
         num_running = gateways.replica_states.get("RUNNING", 0) if gateways is not None else 0
         if not num_running:
             return []
-        if handle is None:
-            handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        if not handle.is_initialized:  # Serve keeps it
             handle._init(_run_router_in_separate_loop=True)  # there is no event loop here, whatever SERVE_ENV says
         answers: list[object] = []
         with contextlib.suppress(TimeoutError, DeploymentUnavailableError):
