@@ -1,6 +1,7 @@
 variable "REPOSITORY" { default = "shoal" }
 variable "VERSION" { default = "0.1.0" }
-variable "BASE" { default = "docker.io/library/python:3.11.13-slim-bookworm" }
+variable "TORCH_CPU_INDEX" { default = "" } # the package index with torch's CPU builds
+variable "BASE" { default = "python:3.11.13-slim-bookworm" }
 
 group "default" { targets = ["cpu", "cuda"] }
 
@@ -13,6 +14,7 @@ target "common" {
 target "cpu" {
   inherits = ["common"]
   target   = "cpu"
+  args     = { TORCH_CPU_INDEX = TORCH_CPU_INDEX }
   tags     = ["${REPOSITORY}:${VERSION}-cpu"]
 }
 
