@@ -7,9 +7,10 @@ from typing import Final
 
 import pytest
 
-# Whole servers, ranks, and models that compute with as many threads as there are cores.
+# Whole servers, ranks that are killed, and models that compute with as many threads as there are cores.
 ALONE: Final = (
-    "distributed",
+    "distributed/test_failures.py",
+    "distributed/test_memory.py",
     "e2e",
     "gpu",
     "deploy/test_helm_start.py",

@@ -202,6 +202,8 @@ class Gateway:
 
     def __del__(self) -> None:
         # Serve calls this once the gateway is drained.
+        if (auth := getattr(self, "_auth", None)) is not None:
+            auth.close()
         if (export := getattr(self, "_export", None)) is not None:
             export.close()
 

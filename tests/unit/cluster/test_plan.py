@@ -98,7 +98,7 @@ def test_options_bound_every_model_of_a_configuration(
 def test_planning_needs_neither_torch_nor_ray(llama_8b: Path) -> None:
     script = (
         "import sys; from shoal.cluster.cli import main\n"
-        f"assert main(['plan', {str(llama_8b)!r}]) == 0\n"
+        f"assert main(['plan', {str(llama_8b)!r}, '--gpus', 'H100']) == 0\n"
         "print(*{'torch', 'transformers', 'ray', 'numpy'} & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
