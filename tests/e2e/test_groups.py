@@ -167,7 +167,7 @@ def test_status_shows_both_ranks(group: Any, capsys: pytest.CaptureFixture[str])
     assert {rank["pid"] for rank in stages} == rank_processes(group)
     assert sum(rank["num_layers"] for rank in stages) == 30
     assert all(rank["weight_bytes"] > 0 and rank["kv_bytes"] > 0 for rank in stages)
-    assert cli.main(["status", "--url", group.url]) == 0
+    assert cli.main(["status", "--url", group.admin_url]) == 0
     shown = capsys.readouterr().out
     assert "stage 0 rank 0: " in shown
     assert "stage 1 rank 0: " in shown
