@@ -22,7 +22,7 @@ from shoal.engine import LLM, SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 
-SHAPE = ("--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "256MiB")
+SHAPE = ("--pipeline-parallel", "2", "--num-threads", "1", "--kv-memory", "512MiB")
 SPECULATION = ("--speculative", "method=suffix,adaptive=false")
 ERROR_BOUND_S = 5.0  # from the end of a rank's process to the error at every client of its group
 HEARTBEAT_TIMEOUT_S = 10.0  # the default
