@@ -67,16 +67,18 @@ def test_error_is_at_most_twice_that_of_naive_float32(
 ) -> None:
     torch.manual_seed(heads)
     ops, head_dim, block_size, context = TABLES[table_name](), 16, 8, 45
-    error = naive_error = 0.0
+    error = naive_error = largest = 0.0
     for query_len in (1, 2, block_size, block_size + 1):
         q = torch.randn(query_len, heads, head_dim) * 2
         keys, values = torch.randn(2, context, kv_heads, head_dim)
         exact = naive(q.double(), keys.double(), values.double(), window, softcap)
+        largest = max(largest, float(exact.abs().max()))
         kv, table = paged(ops, keys, values, block_size)
         result = attend(ops, q, kv, table, context, window=window, softcap=softcap)
         error = max(error, float((result - exact).abs().max()))
         naive_error = max(naive_error, float((naive(q, keys, values, window, softcap) - exact).abs().max()))
-    assert error <= 2 * naive_error
+    # Some CPUs' BLAS is exact to about a rounding of the result; two of them are always allowed.
+    assert error <= 2 * naive_error + 2 * torch.finfo(torch.float32).eps * largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
