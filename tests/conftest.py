@@ -18,7 +18,6 @@ ALONE: Final = (
     "unit/engine/test_beam_search.py",
     "unit/engine/test_equality.py",
     "unit/engine/test_llm.py",
-    "unit/kernels/test_attention.py",
 )
 
 
