@@ -94,13 +94,13 @@ class Cluster:
             }
             self._start(head, environment, **own, dashboard_agent_listen_port=agent, metrics_export_port=metrics)
             self.wait_for("/api/version", NODE_TIMEOUT_S)
-            for group in groups:
+            for count, group in enumerate(groups, 2):  # several raylets that start at once time out on two cores
                 agent, metrics = free_ports(2)
                 address = f"{_own_ip()}:{gcs}"
                 self._start(
                     group, environment, address=address, dashboard_agent_listen_port=agent, metrics_export_port=metrics
                 )
-            self._wait_for_nodes(1 + len(groups))
+                self._wait_for_nodes(count)
         except BaseException:
             self.stop()
             raise
