@@ -533,7 +533,7 @@ def parse_config(data: object, *, source: str = "config", folder: Path | None = 
     models = tuple(_in_folder(m, folder) for m in config.models)
     auth = config.auth
     if auth.keys_file is not None:
-        auth = AuthSettings(keys_file=str(folder / Path(auth.keys_file).expanduser()))
+        auth = auth.model_copy(update={"keys_file": str(folder / Path(auth.keys_file).expanduser())})
     return config.model_copy(update={"models": models, "auth": auth})
 
 
@@ -600,32 +600,43 @@ def _explain(source: str, error: ValidationError) -> Iterator[str]:
     """Each problem as "file: key: what is wrong; way out"."""
     for detail in error.errors():
         location = detail["loc"]
-        where = f"{source}: {_dotted(location)}" if location else source
+        where = f"{source}: {dotted(location)}" if location else source
         if detail["type"] == "extra_forbidden":
-            known = sorted(_keys_at(location[:-1]))
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            yield f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+            yield f"{where}: {unknown_key(ClusterConfig, location)}"
         elif not (detail["type"] == "too_short" and detail["input"]):  # an entry that failed already has its line
             yield f"{where}: {_reason(detail)}"
 
 
 def _reason(detail: ErrorDetails) -> str:
-    message = detail["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = plain_message(detail)
     given = detail["input"]
     is_short = given is None or isinstance(given, str | int | float)
     return f"{message}, got {given!r}" if is_short and repr(given) not in message else message
 
 
-def _dotted(location: tuple[str | int, ...]) -> str:
+def plain_message(detail: ErrorDetails) -> str:
+    """What is wrong in pydantic's words, or in our validators'."""
+    message = detail["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def unknown_key(root: type[BaseModel], location: tuple[str | int, ...], *, word: str = "key") -> str:
+    """Why there is nothing at `location` of a `root`, with the nearest key that there is."""
+    known = sorted(_keys_at(root, location[:-1]))
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {word}; {hint}known here: {', '.join(known)}"
+
+
+def dotted(location: tuple[str | int, ...]) -> str:
+    """As in models[0].engine.dtype."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
     return "".join(parts).removeprefix(".")
 
 
-def _keys_at(location: tuple[str | int, ...]) -> Iterator[str]:
-    """Known keys of the block at `location` of a ClusterConfig."""
-    block: type[BaseModel] = ClusterConfig
+def _keys_at(root: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:
+    """Known keys of the block at `location` of a `root`."""
+    block = root
     for part in location:
         if isinstance(part, str):
             block = _block_in(block.model_fields[part].annotation)

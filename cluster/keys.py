@@ -6,7 +6,6 @@ password would need a slow hash. The file holds no key, and nothing here shows o
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import secrets
@@ -21,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from shoal.cluster.config import Settings
+from shoal.cluster.config import Settings, dotted, plain_message, unknown_key
 from shoal.engine.config import ConfigError
 
 KEY_PREFIX: Final = "sk-shoal-"
@@ -223,31 +222,17 @@ def _explain(source: str, error: ValidationError, root: yaml.Node | None) -> Ite
     for detail in error.errors(include_input=False, include_url=False):
         location = detail["loc"]
         line = f":{_line(root, location)}" if root is not None else ""
-        yield f"{source}{line}: {_dotted(location)}: {_reason(detail)}"
+        shown = tuple(_shown(step) if isinstance(step, str) else step for step in location)
+        yield f"{source}{line}: {dotted(shown) or 'keys'}: {_reason(detail)}"
 
 
 def _reason(detail: ErrorDetails) -> str:
     location = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        known = sorted(_fields_at(location))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown field; {hint}known here: {', '.join(known)}"
+        return unknown_key(KeyFile, location, word="field")
     if location and location[-1] == "expires":
         return "not a day or time: write one such as 2027-06-30 or 2027-06-30T12:00:00+02:00"
-    message = detail["msg"].removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _fields_at(location: tuple[str | int, ...]) -> Iterator[str]:
-    """Known fields where the last step of `location` stands."""
-    kinds: dict[int, type[Settings]] = {1: KeyFile, 3: KeyEntry, 4: KeyLimits}
-    return iter(kinds[len(location)].model_fields)
-
-
-def _dotted(location: tuple[str | int, ...]) -> str:
-    steps = [f"[{step}]" if isinstance(step, int) else f".{_shown(step)}" for step in location]
-    return "".join(steps).removeprefix(".") or "keys"
+    return plain_message(detail)
 
 
 def _shown(field: str) -> str:

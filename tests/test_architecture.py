@@ -133,7 +133,7 @@ LAYERS: Mapping[str, set[str]] = {
     | {"engine.load", "engine.memory", "engine.scheduling", "engine.step_time"},
     "cluster.admin": ENGINE_FACE
     | SHARED
-    | {"cluster.gateway.errors", "cluster.gateway.responses", "cluster.gateway.sse"},
+    | {"cluster.gateway.errors", "cluster.gateway.front", "cluster.gateway.responses", "cluster.gateway.sse"},
     "cluster.app": ENGINE_FACE | SHARED | {"cluster.admin", "cluster.gateway", "cluster.routing", "cluster.replica"},
     "cluster.commands": ENGINE_FACE
     | SHARED

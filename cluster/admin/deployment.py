@@ -29,7 +29,9 @@ class Admin:
         log_to_serve(logs.format, logs.level)
         cluster = ServeCluster(GATEWAY_NAME, serve.get_replica_context().app_name)
         history = History(cluster)
-        self._proxy = Proxy(base_url(http.host, http.port), max_body_bytes=http.max_body_bytes)
+        self._proxy = Proxy(
+            base_url(http.host, http.port), max_body_bytes=http.max_body_bytes, body_timeout_s=http.body_timeout
+        )
         self._server = HttpServer(build_admin_app(cluster, history, self._proxy, hosts=admin.hosts))
         self._server.start(await bind(admin.host, port, timeout_s=BIND_TIMEOUT_S))
         self._sampling = asyncio.create_task(history.run())

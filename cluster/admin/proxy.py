@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from typing import Final
 
 import httpx
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from shoal.cluster.gateway.errors import ApiError
+from shoal.cluster.gateway.front import CLIENT_CLOSED_REQUEST, read_body
 from shoal.cluster.gateway.sse import ClientGoneError, until_disconnect
 
 CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 600.0  # between two events: a long prompt in front of a long queue
-_CLIENT_CLOSED_REQUEST: Final = 499
 
 # Of one connection, or of the browser's talk with this origin.
 _NOT_SENT_ON: Final = frozenset(
@@ -37,10 +37,16 @@ class Proxy:
     """Passes requests on to a gateway. What the client sends, its key included, is neither kept nor logged."""
 
     def __init__(
-        self, base_url: str, *, max_body_bytes: int, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        base_url: str,
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`base_url` of the gateways' port. `transport`: another way there than TCP."""
+        """`base_url` of the gateways' port. Bodies are read as they read them. `transport`: another way than TCP."""
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
         self._client = httpx.AsyncClient(
             base_url=base_url,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S),
@@ -62,11 +68,11 @@ class Proxy:
                 http.method,
                 http.url.path,
                 headers=[(name, value) for name, value in http.headers.items() if name not in _NOT_SENT_ON],
-                content=await self._body(http),
+                content=await read_body(http, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s),
             )
             answer = await until_disconnect(http.receive, self._client.send(request, stream=True))
-        except (ClientGoneError, ClientDisconnect):
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except httpx.HTTPError as error:
             raise ApiError(
                 502,
@@ -76,14 +82,6 @@ class Proxy:
                 headers={"retry-after": "2"},
             ) from None
         return _PassedOn(answer)
-
-    async def _body(self, http: Request) -> bytes:
-        data = bytearray()
-        async for part in http.stream():
-            data += part
-            if len(data) > self._max_body_bytes:
-                raise ApiError(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
-        return bytes(data)
 
 
 class _PassedOn(Response):

@@ -127,7 +127,7 @@ def roll_out(
             return
         _wait_until_running(progress, narrator, deadline)
     if has_proxy_here():
-        _wait_until_answering(base_url(config.http.host, config.http.port), narrator)
+        _wait_until_answering(base_url(config.http.host, config.http.port))
 
 
 def _deploy(
@@ -205,7 +205,7 @@ def has_proxy_here() -> bool:
     return ray.get_runtime_context().get_node_id() in serve.status().proxies
 
 
-def _wait_until_answering(url: str, narrator: Narrator) -> None:
+def _wait_until_answering(url: str) -> None:
     """The proxy learns of the gateway a moment after Serve calls it running."""
     deadline = time.monotonic() + HTTP_TIMEOUT_S
     while True:

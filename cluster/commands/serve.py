@@ -83,8 +83,10 @@ def serve(config: ClusterConfig, *, is_verbose: bool = False) -> int:
             code = 1
         finally:
             signals.is_stopping = True
-            _tear_down(config, wait_s, is_verbose=is_verbose)
-            end_descendants(EXIT_WAIT_S)
+            try:
+                _tear_down(config, wait_s, is_verbose=is_verbose)
+            finally:
+                end_descendants(EXIT_WAIT_S)
         return code
 
 

@@ -27,24 +27,30 @@ def drain(
 ) -> bool:
     """Let the gateways refuse new requests and finish the open ones; whether all have finished.
 
+    A gateway that does not answer has not.
+
     Those that have not after `timeout_s` (None: the configuration's drain_timeout) are cut off. With `node_id`, only
     the gateways of that node.
     """
     begin = time.monotonic()
-    told = -1
+    told = ""
     while True:
-        states = [state for state in _ask(node_id, is_over=False) if state.is_draining]
+        answers, num_silent = _ask(node_id, is_over=False)
+        states = [state for state in answers if state.is_draining]
         num_open = sum(state.num_open for state in states)
-        if num_open == 0:
+        if num_open == num_silent == 0:
             return True
-        limit_s = timeout_s if timeout_s is not None else max(state.timeout_s for state in states)
+        limit_s = timeout_s
+        if limit_s is None:
+            limit_s = max((state.timeout_s for state in states), default=GONE_TIMEOUT_S)
+        open_ones = f"{num_open} requests" + (f", and those of {num_silent} silent gateways," if num_silent else "")
         if time.monotonic() - begin > limit_s:
             _ask(node_id, is_over=True)
-            say(f"{num_open} requests were cut off after {limit_s:g} s")
+            say(f"{open_ones} were cut off after {limit_s:g} s")
             return False
-        if num_open != told:
-            say(f"{num_open} requests are open")
-            told = num_open
+        if open_ones != told:
+            say(f"{open_ones} are open")
+            told = open_ones
         time.sleep(POLL_S)
 
 
@@ -63,8 +69,8 @@ def delete(timeout_s: float = GONE_TIMEOUT_S) -> bool:
     return True
 
 
-def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
-    """What the gateways that run answer. Raises what one of them raises."""
+def _ask(node_id: str | None, *, is_over: bool) -> tuple[list[DrainState], int]:
+    """What the gateways that run answer, and how many of them do not. Raises what one of them raises."""
     from ray import serve
     from ray.exceptions import RayTaskError
     from ray.serve.exceptions import DeploymentUnavailableError
@@ -77,7 +83,7 @@ def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
         gateways = app.deployments.get(GATEWAY_NAME) if app is not None else None
         num_running = gateways.replica_states.get("RUNNING", 0) if gateways is not None else 0
         if not num_running:
-            return []
+            return [], 0
         handle = serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
         if not handle.is_initialized:  # Serve keeps it
             handle._init(_run_router_in_separate_loop=True)  # there is no event loop here, whatever SERVE_ENV says
@@ -90,5 +96,5 @@ def _ask(node_id: str | None, *, is_over: bool) -> list[DrainState]:
         states = [answer for answer in answers if isinstance(answer, DrainState)]
         # A handle that is new knows of no replica yet.
         if len(states) >= num_running or time.monotonic() > deadline:
-            return states
+            return states, max(0, num_running - len(states))
         time.sleep(POLL_S)

@@ -55,7 +55,8 @@ _ERRORS: Final[Mapping[int, str]] = {
     "(codes objective_unreachable and queue_full). Retry-After says when to come again.",
     431: "Too many headers, or too long ones (code headers_too_large).",
     500: "The server failed; the message names the request (code internal_error).",
-    503: "No replica is ready, or the one that had the request failed (codes no_replica and replica_failed).",
+    503: "No replica is ready, the one that had the request failed, or the server is about to stop (codes no_replica, "
+    "replica_failed and draining). Retry-After says when to come again.",
 }
 _ALWAYS: Final = (414, 431, 500)
 _WITH_KEY: Final = (401, *_ALWAYS)
@@ -86,8 +87,10 @@ def description(version: str, *, has_keys: bool) -> _Schema:
             },
             "/tokenize": {"post": _tokenize()},
             "/detokenize": {"post": _detokenize()},
-            "/health": {"get": _health("health", "Whether every model has a replica that answers.")},
-            "/ping": {"get": _health("ping", "The same as /health.")},
+            "/health": {
+                "get": _public(_empty("health", "Whether every model has a replica that answers.", (503, *_ALWAYS)))
+            },
+            "/ping": {"get": _public(_empty("ping", "Whether the process lives, whatever else does.", _ALWAYS))},
             "/version": {"get": _public(_get("version", "The version of the server.", "VersionResponse", _ALWAYS))},
             "/openapi.json": {"get": _public(_get("describe", "This document.", None, _ALWAYS))},
         },
@@ -192,9 +195,9 @@ def _get(name: str, summary: str, answer_kind: str | None, errors: Sequence[int]
     }
 
 
-def _health(name: str, summary: str) -> _Schema:
-    answer = {"description": "It has. The body is empty.", "headers": _headers("x-request-id")}
-    return _public({"operationId": name, "summary": summary, "responses": {"200": answer, **_errors((503, *_ALWAYS))}})
+def _empty(name: str, summary: str, errors: Sequence[int]) -> _Schema:
+    answer = {"description": "It is so. The body is empty.", "headers": _headers("x-request-id")}
+    return {"operationId": name, "summary": summary, "responses": {"200": answer, **_errors(errors)}}
 
 
 def _public(operation: _Schema) -> _Schema:

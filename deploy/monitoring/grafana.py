@@ -170,7 +170,7 @@ def _panel(panel: Panel, number: int, position: Json) -> Json:
         "gridPos": position,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": _OPTIONS[panel.kind],
-        "targets": [_target(panel, query, ref) for query, ref in zip(panel.queries, "ABCDEFGHIJKL", strict=False)],
+        "targets": [_target(panel, query, chr(ord("A") + place)) for place, query in enumerate(panel.queries)],
     }
 
 

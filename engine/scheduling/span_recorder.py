@@ -1,7 +1,7 @@
 """Writes down what becomes of each request, at the few moments when that changes.
 
 Between those moments nothing is done for a request: a replica counts its steps once for all, and a span that ends takes
-the difference to where it began. A step of 256 decoding requests costs what it did, and about 2 us.
+the difference to where it began. A step costs about 4 us more, however many requests it has.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from shoal.cluster import cli
+from shoal.cluster.channel import DrainState
+from shoal.cluster.commands import takedown
 from shoal.cluster.commands.configuration import serve_config
 from shoal.cluster.commands.deploy import address_of, check_checkpoints, check_paths
 from shoal.cluster.commands.ray_env import ray_environment
@@ -117,3 +119,19 @@ def test_the_sample_can_be_deployed_by_either_tool() -> None:
     ServeDeploySchema.model_validate(serve_config(config))
     env = yaml.safe_load((ROOT / "deploy/ray/runtime_env.yaml").read_text())
     assert [(ROOT / module / "cluster" / "cli.py").is_file() for module in env["py_modules"]] == [True]
+
+
+def test_a_gateway_that_does_not_answer_is_not_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [([], 1), ([DrainState(True, 0, 5.0)], 0)]
+    monkeypatch.setattr(takedown, "_ask", lambda node_id, *, is_over: answers.pop(0))
+    assert takedown.drain(10.0)
+    assert not answers
+    asked: list[bool] = []
+
+    def silent(node_id: str | None, *, is_over: bool) -> tuple[list[DrainState], int]:
+        asked.append(is_over)
+        return [], 1
+
+    monkeypatch.setattr(takedown, "_ask", silent)
+    assert not takedown.drain(0.0)
+    assert asked == [False, True]

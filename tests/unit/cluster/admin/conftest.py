@@ -254,7 +254,7 @@ class Admin:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         public, private = [await bind("127.0.0.1", 0, timeout_s=1) for _ in range(2)]
-        proxy = Proxy(f"http://127.0.0.1:{public.getsockname()[1]}", max_body_bytes=2**16)
+        proxy = Proxy(f"http://127.0.0.1:{public.getsockname()[1]}", max_body_bytes=2**16, body_timeout_s=5.0)
         app = build_admin_app(self.cluster, self.history, proxy, hosts=("shoal.example.com",))
         self.url = f"http://127.0.0.1:{private.getsockname()[1]}"
         servers = [HttpServer(self.gateway.app), HttpServer(app)]

@@ -240,7 +240,7 @@ async def test_a_port_is_waited_for_and_named_where_nobody_leaves_it() -> None:
 
 
 async def test_a_gateway_that_is_not_there_is_an_error_in_words(admin: Any) -> None:
-    proxy = Proxy("http://127.0.0.1:9", max_body_bytes=1024)
+    proxy = Proxy("http://127.0.0.1:9", max_body_bytes=1024, body_timeout_s=5.0)
     app = build_admin_app(admin.cluster, admin.history, proxy)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as other:
         answer = await other.post("/v1/chat/completions", json=CHAT)
