@@ -275,25 +275,34 @@ def test_a_model_comes_up_changes_under_load_and_goes(cluster: Cluster) -> None:
     """One story, because bringing a cluster up takes longest: each step begins with what the last one left."""
     output = cluster.deploy(models=[model()])
     assert "ready after" in output
-    texts = asyncio.run(expected(cluster.url))
     first = cluster.workers()
     assert len(by_name(first, "replica-demo")) == len(by_name(first, "gateway")) == 1, first
 
-    load = Load(cluster.url)
-    load.start()
-    cluster.deploy(models=[model(engine={"max_running_requests": 8}, objectives={"ttft_ms": 60_000})])
-    second = wait_for_workers(cluster, 3)
-    assert not by_name(second, "replica-demo") & by_name(first, "replica-demo")
-    assert not by_name(second, "gateway") & by_name(first, "gateway")
-    assert by_name(second, "admin") == by_name(first, "admin")
-    load.stop()
-    assert not load.failures, load.failures[:5]
+    with under_load(cluster) as load:
+        cluster.deploy(models=[model(engine={"max_running_requests": 8}, objectives={"ttft_ms": 60_000})])
+        second = wait_for_workers(cluster, 3)
+        assert not by_name(second, "replica-demo") & by_name(first, "replica-demo")
+        assert not by_name(second, "gateway") & by_name(first, "gateway")
+        assert by_name(second, "admin") == by_name(first, "admin")
     assert len(load.answers) > 2 * len(PROMPTS)
-    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
 
     deleted = asyncio.run(delete_while_streaming(cluster))
     assert "deleted" in deleted
     assert cluster.workers() == {}
+
+
+@contextlib.contextmanager
+def under_load(cluster: Cluster) -> Iterator[Load]:
+    """Clients ask all the while, and each of them gets what it gets when nothing else happens."""
+    texts = asyncio.run(expected(cluster.url))
+    load = Load(cluster.url)
+    load.start()
+    try:
+        yield load
+    finally:
+        load.stop()
+    assert not load.failures, load.failures[:5]
+    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
 
 
 def wait_for_workers(cluster: Cluster, count: int) -> dict[int, str]:
@@ -343,18 +352,13 @@ async def delete_while_streaming(cluster: Cluster) -> str:
 @pytest.mark.timeout(900)
 def test_models_and_replicas_come_and_go_under_load(cluster: Cluster) -> None:
     cluster.deploy(models=[model()])
-    texts = asyncio.run(expected(cluster.url))
-    load = Load(cluster.url)
-    load.start()
-    changed = model(engine={"max_running_requests": 8}, replicas=2, drain_timeout=60)
-    cluster.deploy(models=[model("other"), changed])
-    first = wait_for_workers(cluster, 5)
-    # What stays the same goes on: all but a replica that is one too many.
-    cluster.deploy(models=[model("other"), {**changed, "replicas": 1}])
-    assert wait_for_workers(cluster, 4).keys() <= first.keys()
-    load.stop()
-    assert not load.failures, load.failures[:5]
-    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    with under_load(cluster):
+        changed = model(engine={"max_running_requests": 8}, replicas=2, drain_timeout=60)
+        cluster.deploy(models=[model("other"), changed])
+        first = wait_for_workers(cluster, 5)
+        # What stays the same goes on: all but a replica that is one too many.
+        cluster.deploy(models=[model("other"), {**changed, "replicas": 1}])
+        assert wait_for_workers(cluster, 4).keys() <= first.keys()
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
 
 
@@ -363,19 +367,14 @@ def test_models_and_replicas_come_and_go_under_load(cluster: Cluster) -> None:
 def test_the_same_again_restarts_nothing_and_a_model_may_go(cluster: Cluster) -> None:
     cluster.deploy(models=[model(), model("other")])
     first = cluster.workers()
-    texts = asyncio.run(expected(cluster.url))
-    load = Load(cluster.url)
-    load.start()
-    cluster.deploy(models=[model(), model("other")])
-    assert cluster.workers().keys() == first.keys()
-    refused = cluster.submit("deploy", "none.yaml")
-    assert refused.returncode != 0
-    assert "there is no none.yaml" in refused.stdout + refused.stderr
-    cluster.deploy(models=[model()])
-    assert by_name(wait_for_workers(cluster, 3), "replica-demo") == by_name(first, "replica-demo")
-    load.stop()
-    assert not load.failures, load.failures[:5]
-    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    with under_load(cluster):
+        cluster.deploy(models=[model(), model("other")])
+        assert cluster.workers().keys() == first.keys()
+        refused = cluster.submit("deploy", "none.yaml")
+        assert refused.returncode != 0
+        assert "there is no none.yaml" in refused.stdout + refused.stderr
+        cluster.deploy(models=[model()])
+        assert by_name(wait_for_workers(cluster, 3), "replica-demo") == by_name(first, "replica-demo")
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
 
 
@@ -384,20 +383,15 @@ def test_the_same_again_restarts_nothing_and_a_model_may_go(cluster: Cluster) ->
 def test_serves_own_tool_deploys_the_same_application(cluster: Cluster) -> None:
     """`serve deploy` of the rendered file over `shoal deploy`, and back, under load."""
     cluster.deploy(models=[model()])
-    texts = asyncio.run(expected(cluster.url))
-    load = Load(cluster.url)
-    load.start()
-    cluster.serve_deploy(cluster.rendered())
-    before = cluster.workers()
-    scaled = cluster.rendered()
-    scaled["applications"][0]["deployments"][0]["num_replicas"] = 2
-    cluster.serve_deploy(scaled)
-    assert before.keys() <= wait_for_workers(cluster, 4).keys()
-    cluster.deploy(models=[model()])
-    wait_for_workers(cluster, 3)
-    load.stop()
-    assert not load.failures, load.failures[:5]
-    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    with under_load(cluster):
+        cluster.serve_deploy(cluster.rendered())
+        before = cluster.workers()
+        scaled = cluster.rendered()
+        scaled["applications"][0]["deployments"][0]["num_replicas"] = 2
+        cluster.serve_deploy(scaled)
+        assert before.keys() <= wait_for_workers(cluster, 4).keys()
+        cluster.deploy(models=[model()])
+        wait_for_workers(cluster, 3)
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
 
 
@@ -405,13 +399,8 @@ def test_serves_own_tool_deploys_the_same_application(cluster: Cluster) -> None:
 @pytest.mark.timeout(900)
 def test_without_room_the_old_replica_goes_first_and_requests_wait(cluster: Cluster) -> None:
     cluster.deploy(models=[model(max_surge=0)])
-    texts = asyncio.run(expected(cluster.url))
-    load = Load(cluster.url)
-    load.start()
-    cluster.deploy(models=[model(max_surge=0, engine={"max_running_requests": 8})])
-    load.stop()
-    assert not load.failures, load.failures[:5]
-    assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
+    with under_load(cluster):
+        cluster.deploy(models=[model(max_surge=0, engine={"max_running_requests": 8})])
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
 
 
@@ -436,16 +425,11 @@ def test_a_node_that_is_drained_loses_no_request(cluster: Cluster) -> None:
     """Its replica and its gateway move; the load goes to the head's port, whose proxy knows the gateways of both."""
     with cluster.second_node() as environment:
         cluster.deploy(models=[model(replicas=2)], gateways=2)
-        texts = asyncio.run(expected(cluster.url))
-        load = Load(cluster.url)
-        load.start()
-        drained = subprocess.run(
-            [sys.executable, "-m", "shoal.cluster.cli", "drain", "--timeout", "120"],
-            env={**environment, "RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=180,
-        )  # fmt: skip
-        load.stop()
+        with under_load(cluster):
+            drained = subprocess.run(
+                [sys.executable, "-m", "shoal.cluster.cli", "drain", "--timeout", "120"],
+                env={**environment, "RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=180,
+            )  # fmt: skip
         print(drained.stdout, drained.stderr)
-        assert not load.failures, load.failures[:5]
-        assert {answer for answer in load.answers if texts[answer[0]] != answer[1]} == set()
         assert drained.returncode == 0
     assert cluster.submit("delete", "--shutdown-serve").returncode == 0
