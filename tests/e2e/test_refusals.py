@@ -102,14 +102,11 @@ async def raw(url: str, pieces: list[bytes], pause_s: float) -> tuple[int, float
 
 async def stream(client: httpx.AsyncClient) -> str:
     """One good stream, to its end."""
-    text = ""
     async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as answer:
         assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-    assert line == "data: [DONE]" or text
-    return text
+        *events, last = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
+    assert last == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
 def bad_requests(guarded: Guarded) -> dict[str, tuple[Callable[[], Awaitable[int]], set[int]]]:
@@ -131,6 +128,7 @@ def bad_requests(guarded: Guarded) -> dict[str, tuple[Callable[[], Awaitable[int
         async def ask() -> int:
             status, seconds = await raw(url, pieces, pause_s)
             assert seconds < TIMEOUT_S + 15, seconds
+            assert status or seconds >= TIMEOUT_S, f"closed without a word after {seconds:.1f} s"
             return status
 
         return ask
