@@ -639,14 +639,14 @@ def _keys_at(root: type[BaseModel], location: tuple[str | int, ...]) -> Iterator
     block = root
     for part in location:
         if isinstance(part, str):
-            block = _block_in(block.model_fields[part].annotation)
+            inner = block_in(block.model_fields[part].annotation)
+            assert inner is not None, location
+            block = inner
     return iter(block.model_fields)
 
 
-def _block_in(annotation: Any) -> type[BaseModel]:
+def block_in(annotation: Any) -> type[BaseModel] | None:
     """The settings class in an annotation such as `tuple[ModelSettings, ...]` or `AutoscalingSettings | None`."""
     if get_origin(annotation) in (tuple, Union, UnionType):
-        annotation = get_args(annotation)[0]
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, BaseModel), annotation
-    return annotation
+        return next((found for part in get_args(annotation) if (found := block_in(part)) is not None), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

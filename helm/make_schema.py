@@ -9,8 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -77,7 +76,7 @@ def _properties(block: type[BaseModel], without: set[str]) -> Iterator[tuple[str
         if name in without:
             continue
         annotation = block.model_fields[name].annotation
-        inner = _block_in(annotation)
+        inner = config.block_in(annotation)
         if inner is not None and get_origin(annotation) is not tuple:
             text = schema.get("description") or _summary(inner)
             yield camel(name), {"description": text, "$ref": f"#/definitions/{inner.__name__}"}
@@ -118,16 +117,10 @@ def _summary(block: type[BaseModel]) -> str:
 def _blocks(block: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """Those in it, however deep."""
     for field in block.model_fields.values():
-        inner = _block_in(field.annotation)
+        inner = config.block_in(field.annotation)
         if inner is not None:
             yield inner
             yield from _blocks(inner)
-
-
-def _block_in(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (tuple, Union, UnionType):
-        return next((found for part in get_args(annotation) if (found := _block_in(part)) is not None), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def read_schema() -> Mapping[str, Any]:

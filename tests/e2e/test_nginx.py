@@ -7,7 +7,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from shoal.cluster.commands.serve import free_ports
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "nginx" / "shoal.conf"
@@ -93,14 +94,6 @@ def wait_for(url: str) -> None:
                 return
         assert time.monotonic() < deadline, f"{url} does not answer"
         time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 class Front:
