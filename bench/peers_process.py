@@ -1,0 +1,121 @@
+"""A program under test: a process with all that it starts, which only runs while it is its turn.
+
+Several of them are loaded at once, on cores that each would take for itself. So those that wait are stopped (SIGSTOP):
+they keep their memory, and take no time from the one that is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from shoal.cluster.commands.processes import descendants
+
+STOP_TIMEOUT_S = 40.0
+LOG_TAIL = 3000  # characters
+
+
+class PeerError(RuntimeError):
+    """A program ended, did not come up, or answered nonsense. What it had printed is in the message."""
+
+
+class Program:
+    """A context manager, which ends the program. It runs at first, until the end of its first turn.
+
+    `is_asked`: it has a pipe for `ask`. Otherwise all that it prints goes to its log.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], *, is_asked: bool = False
+    ) -> None:
+        self.name = name
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="peer-", suffix=".log")  # noqa: SIM115  (end() closes it)
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if is_asked else self._log,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the benchmark, which then ends its programs
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def ask(self, line: str = "") -> str:
+        """Write a line, if there is one, and read one. Raises PeerError if the program has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            if line:
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise self.error("ended")
+        return answer
+
+    def error(self, what: str) -> PeerError:
+        log = Path(self._log.name).read_text(errors="replace")
+        return PeerError(f"{self.name} {what}. It had printed:\n{log[-LOG_TAIL:]}")
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def memory_bytes(self) -> int:
+        """Resident memory of all its processes; what several share counts once (PSS)."""
+        total = 0
+        for pid in self._processes():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        return total
+
+    def end(self) -> None:
+        """Ask it to end, then kill whatever is left of it."""
+        processes = self._processes()
+        self._signal(signal.SIGCONT)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        for pid in {*processes, *self._processes()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def _processes(self) -> list[int]:
+        return [self._process.pid, *descendants(self._process.pid)]
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all of its processes, and to those that they start meanwhile."""
+        reached: set[int] = set()
+        while left := set(self._processes()) - reached:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            reached |= left
