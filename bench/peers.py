@@ -79,8 +79,9 @@ def _is_16_bits(facts: Mapping[str, Any]) -> bool:
 
 
 def _label(point: str) -> str:
+    """ "1 request" of "requests_1"."""
     kind, _, number = point.partition("_")
-    return f"{number} {kind}" if number else kind
+    return f"{number} {kind.removesuffix('s') if number == '1' else kind}" if number else kind
 
 
 def offline_table(result: Result) -> Iterator[str]:

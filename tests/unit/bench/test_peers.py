@@ -193,8 +193,8 @@ def test_goals_over_http(bench: Callable[[str], ModuleType]) -> None:
     assert lines == {
         "http, 8 clients: shoal over vllm serve": True,
         "http, 32 clients: shoal over vllm serve": False,
-        "http, 1 clients: shoal over llama-server": True,
-        "http, 1 clients: shoal over Ray Serve LLM": True,
+        "http, 1 client: shoal over llama-server": True,
+        "http, 1 client: shoal over Ray Serve LLM": True,
         "http, 8 clients: shoal over Ray Serve LLM": True,
         "http, 32 clients: shoal over Ray Serve LLM": True,
         "http, ready: Ray Serve LLM over shoal": False,
