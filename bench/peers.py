@@ -16,6 +16,7 @@ Installing takes about 10 minutes and 6 GiB, a run of five rounds about 5 minute
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,6 +138,8 @@ def main() -> None:
     given = machine.parse(parser)
     folder = Folder(given.folder.expanduser().absolute())
     names = given.names or list(INSTALLERS)
+    # Programs that are stopped would stay for good: whatever ends this one ends them first.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     wrong: list[str] = []
     if given.what in ("install", "all"):
         wrong = install(names, folder)
