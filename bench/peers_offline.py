@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import machine
 from machine import Workload
-from peers_install import LLAMA_CPP, Folder
+from peers_child import KV_GIB
+from peers_install import Folder, version_of
 from peers_process import Program
 
 from shoal.cluster.config import EMBEDDED_MODEL, locate_model
@@ -60,7 +61,7 @@ def contestants(folder: Folder, threads: int) -> list[Contestant]:
         return Contestant(name, "vllm", "16 bits", command, environment)
 
     def llamacpp(name: str, precision: Precision, kind: str) -> Contestant:
-        tool = {"tool": str(folder.llama("llama-batched-bench")), "version": LLAMA_CPP.partition("==")[2]}
+        tool = {"tool": str(folder.llama("llama-batched-bench")), "version": version_of("llamacpp")}
         command = child(folder.python("llamacpp"), "llamacpp", folder.gguf(kind), **tool)
         return Contestant(name, "llamacpp", precision, command)
 
@@ -91,7 +92,7 @@ def vllm_environment(folder: Folder, threads: int) -> dict[str, str]:
         "LD_PRELOAD": ":".join(map(str, folder.preloaded)),
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CACHE_ROOT": str(folder.path / "cache" / "vllm"),
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
         "VLLM_LOGGING_LEVEL": "WARNING",
