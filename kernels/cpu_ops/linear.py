@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import library
+from shoal.kernels.cpu_ops.kernel import Kernel, empty
 from shoal.kernels.torch_ops import linear as plain
 from shoal.kernels.torch_ops.linear import PackedLinear
 
@@ -20,6 +20,8 @@ from shoal.kernels.torch_ops.linear import PackedLinear
 _BATCH_HINT = 32
 
 _PANEL = 48  # outputs of a panel, as in linear.cpp
+
+_pack, _multiply = Kernel("pack_panels"), Kernel("linear")
 
 
 def pack_linear(weight: Tensor) -> PackedLinear:
@@ -61,7 +63,7 @@ def _pack_panels(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     panels = torch.empty((-(-outputs // _PANEL), inputs // 2, _PANEL, 2), dtype=weight.dtype)
     dense = weight.contiguous()
-    library().shoal_pack_panels(panels.data_ptr(), dense.data_ptr(), outputs, inputs, torch.get_num_threads())
+    _pack(dense.numel(), panels.data_ptr(), dense.data_ptr(), outputs, inputs)
     return panels
 
 
@@ -70,10 +72,10 @@ def _multiply_panels(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_d
     assert x.dtype == packed.dtype
     if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
         x = x.contiguous()
-    out = torch.empty((x.shape[0], packed.out_features), dtype=out_dtype)
-    library().shoal_linear(
-        out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), None if bias is None else bias.data_ptr(),
-        x.shape[0], packed.out_features, packed.in_features, x.stride(0), out_dtype == torch.float32,
-        torch.get_num_threads(),
+    out = empty((x.shape[0], packed.out_features), out_dtype)
+    _multiply(
+        packed.weight.numel() * len(x), out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), len(x), packed.out_features, packed.in_features, x.stride(0),
+        out_dtype == torch.float32,
     )  # fmt: skip
     return out

@@ -221,7 +221,4 @@ inline void with_dtype(int dtype, Body body) {
   if (dtype == 2) body((Float16*)nullptr);
 }
 
-// Elements of work below which waking threads (about 10 us) costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
-
 }  // namespace shoal
