@@ -89,6 +89,7 @@ class Operations:
     gated_activation: Callable[[Tensor, Activation], Tensor]
     pack_linear: Callable[[Tensor], PackedLinear]
     linear: Linear
+    gated_linear: Callable[[Tensor, PackedLinear, Tensor | None, Activation], Tensor]
     pack_experts: Callable[[Tensor, Tensor], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -119,6 +120,7 @@ def reference() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
@@ -158,6 +160,7 @@ def _cpu() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
@@ -177,6 +180,7 @@ def _cuda() -> Operations:
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         experts=experts.experts,
         sample=sampling.sample,
     )

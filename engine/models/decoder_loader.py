@@ -163,7 +163,7 @@ class DecoderLoader:
             topology=self._topology,
             collectives=self._collectives,
         )
-        return GatedMLP(gate_up, down, mlp.activation, self._ops)
+        return GatedMLP(gate_up, down, mlp.activation)
 
     def _moe(self, mlp: MoESpec, names: LayerNames) -> MoE:
         router = Router.load(

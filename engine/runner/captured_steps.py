@@ -1,4 +1,4 @@
-"""Small steps whose operations are launched all at once, as they were captured for an earlier step of the same shape."""
+"""Small steps whose operations are launched all at once, as captured in an earlier step of the same shape."""
 
 from __future__ import annotations
 

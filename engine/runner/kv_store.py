@@ -66,12 +66,11 @@ class _HostMemory:
         page = os.sysconf("SC_PAGE_SIZE")
         start = -(-self._pool.data_ptr() // page) * page
         end = (self._pool.data_ptr() + self._num_bytes) // page * page
-        done = 0
-        while start + done < end:
+        for at in range(start, end, _CHUNK_BYTES):
             with self._is_wanted:
-                self._is_wanted.wait_for(lambda: done < self._wanted)
-            size = min(_CHUNK_BYTES, end - start - done)
+                while at - start >= self._wanted:
+                    self._is_wanted.wait()
+            size = min(_CHUNK_BYTES, end - at)
             # Answers an error where the system is too old; pages then come as they are written to.
-            if madvise(ctypes.c_void_p(start + done), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
+            if madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
                 return
-            done += size

@@ -69,9 +69,7 @@ class ModelRunner:
         self._captured = None
         if topology.tensor_size == topology.num_stages == 1:
             max_blocks = -(-max_model_len // config.block_size)
-            self._captured = CapturedSteps(
-                model, kv.layers, ops.new_capture(), config.max_running_requests, max_blocks
-            )
+            self._captured = CapturedSteps(model, kv.layers, ops.new_capture(), config.max_running_requests, max_blocks)
         # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
         # there were drafts.
         self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]

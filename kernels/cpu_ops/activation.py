@@ -8,7 +8,7 @@ from shoal.kernels.cpu_ops.kernel import Kernel, empty
 from shoal.kernels.cpu_ops.library import DTYPE_CODES
 from shoal.kernels.torch_ops.activation import Activation
 
-_IS_GELU: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+IS_GELU: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _gated_activation = Kernel("gated_activation")
 
 
@@ -16,7 +16,7 @@ def gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
     tokens, width = gate_up.shape
     out = empty((tokens, width // 2), gate_up.dtype)
     _gated_activation(
-        out.numel(), out.data_ptr(), gate_up.data_ptr(), tokens, width // 2, gate_up.stride(0), _IS_GELU[activation],
+        out.numel(), out.data_ptr(), gate_up.data_ptr(), tokens, width // 2, gate_up.stride(0), IS_GELU[activation],
         DTYPE_CODES[gate_up.dtype],
     )  # fmt: skip
     return out

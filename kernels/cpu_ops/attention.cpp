@@ -38,7 +38,6 @@ struct SingleMath {
   static constexpr int kPack = 1;
   using Operand = float;  // of queries and weights
   static SHOAL_INLINE Words words(const T* p) { return (Words)to_float(p); }
-  static SHOAL_INLINE void put(float* p, Vec v) { store(p, v); }
   static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return as_vec(a) * as_vec(b) + sum; }
 };
 
@@ -47,13 +46,6 @@ struct PairMath {
   static constexpr int kPack = 2;
   using Operand = BFloat16;
   static SHOAL_INLINE Words words(const BFloat16* p) { return load_raw<Words>(p); }
-  static SHOAL_INLINE void put(BFloat16* p, Vec v) {
-#if defined(__AVX512BF16__)
-    store_raw(p, _mm512_cvtneps_pbh((__m512)v));
-#else
-    store(p, v);
-#endif
-  }
   static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return multiply_add_pairs(sum, a, b); }
 };
 
@@ -373,7 +365,7 @@ class Attention {
       for (int n = 0; n < kTile; ++n) {
         const Vec weight = exp2_nonpositive(load(s.scores + r * kKeys + n * kLanes) - highest[r]);
         sum += weight;
-        M::put((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);
+        store((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);
       }
       store(sums, sum);
     }

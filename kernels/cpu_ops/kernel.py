@@ -1,7 +1,8 @@
 """Calling the C++ kernels: one at a time, or all of a step in one call.
 
-A step of a small batch is some hundred kernels of a few microseconds each, and calling them one by one from Python takes
-about as long as running them. So such a step is captured: its calls are noted, and made again by one team of threads.
+A step of a small batch is some hundred kernels of a few microseconds each, and calling them one by one from Python
+takes about as long as running them. So such a step is captured: its calls are noted, and made again by one team of
+threads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ _ARGUMENTS = {
     "attention": "PPPPPPiiiiiqqqiffi",
     "embedding": "PPPqqfi",
     "gated_activation": "PPqiqii",
+    "gated_linear": "PPPPqqqqi",
     "kv_write": "PPPPqiiiqqqi",
     "linear": "PPPPqqqqi",
     "pack_panels": "PPqq",
@@ -41,8 +42,6 @@ _ARGUMENTS = {
 # Elements of work below which waking threads (about 10 us) costs more than it saves.
 _SERIAL_ELEMENTS = 32768
 _LINE = 64  # bytes of a cache line
-
-Piece = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Kernel:
@@ -81,18 +80,19 @@ class Workspace:
     """Memory in pieces. A piece is free again when no tensor lies in it any more, or once it is released."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Piece]] = defaultdict(list)  # by bytes
+        self._free: dict[int, list[ctypes.Array[ctypes.c_uint8]]] = defaultdict(list)  # by bytes
         self._in_use: dict[int, weakref.finalize[..., Any]] = {}  # by address
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        size = 1 << (max(num_bytes, _LINE) - 1).bit_length()
+        count = math.prod(shape)
+        size = 1 << (max(count * dtype.itemsize, _LINE) - 1).bit_length()
         free = self._free[size]
-        piece = free.pop() if free else _aligned(size)
+        piece = free.pop() if free else (ctypes.c_uint8 * (size + _LINE))()
+        address = -(-ctypes.addressof(piece) // _LINE) * _LINE
         # The tensor and all views of it hold this array, which goes with the last of them.
-        held = piece[:num_bytes]
-        self._in_use[held.ctypes.data] = weakref.finalize(held, free.append, piece)
-        return torch.from_numpy(held).view(dtype).view(tuple(shape))
+        held = (ctypes.c_uint8 * size).from_address(address)
+        self._in_use[address] = weakref.finalize(held, free.append, piece)
+        return torch.frombuffer(held, dtype=dtype)[:count].view(tuple(shape))
 
     def release(self, tensor: Tensor) -> None:
         """Others may use the tensor's piece, though the tensor goes on to lie in it."""
@@ -110,7 +110,7 @@ class Capture:
         self.calls = []
         _thread.capture = self
         try:
-            with _OnlyViews():
+            with _OnlyViews():  # type: ignore[no-untyped-call]
                 results = run()
         finally:
             _thread.capture = None
@@ -127,14 +127,14 @@ class _Program:
         self._calls = (ctypes.c_void_p * (2 * len(calls)))()
         for index, (address, packed) in enumerate(calls):
             self._calls[2 * index] = address
-            self._calls[2 * index + 1] = ctypes.cast(packed, ctypes.c_void_p).value
+            self._calls[2 * index + 1] = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value
         self._count = len(calls)
 
     def __call__(self) -> None:
         library().shoal_run(self._calls, self._count, torch.get_num_threads())
 
 
-class _OnlyViews(TorchDispatchMode):
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises where torch itself computes something, which a program would leave out."""
 
     def __torch_dispatch__(
@@ -149,7 +149,8 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where its storage lies; what oneDNN laid out has none of its own."""
+    return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class _Thread(threading.local):
@@ -157,9 +158,3 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-
-
-def _aligned(size: int) -> Piece:
-    whole: Piece = np.empty(size + _LINE, np.uint8)
-    start = -whole.ctypes.data % _LINE
-    return whole[start : start + size]

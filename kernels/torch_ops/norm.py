@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467), alone and fused with the residual add, and that alone."""
+"""The residual add, and root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467), alone and fused."""
 
 from __future__ import annotations
 
