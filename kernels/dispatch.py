@@ -17,12 +17,33 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.torch_ops import activation, attention, experts, kv_write, linear, norm, rotary, sampling
+from shoal.kernels.torch_ops import (
+    activation,
+    attention,
+    capture,
+    embedding,
+    experts,
+    kv_write,
+    linear,
+    norm,
+    rotary,
+    sampling,
+)
 from shoal.kernels.torch_ops.activation import Activation
+from shoal.kernels.torch_ops.capture import Capture, NotCapturableError
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.linear import PackedLinear
 
-__all__ = ["Activation", "Operations", "PackedExperts", "PackedLinear", "operations", "reference"]
+__all__ = [
+    "Activation",
+    "Capture",
+    "NotCapturableError",
+    "Operations",
+    "PackedExperts",
+    "PackedLinear",
+    "operations",
+    "reference",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +64,10 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+class Embedding(Protocol):
+    def __call__(self, ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor: ...
+
+
 class Linear(Protocol):
     def __call__(
         self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
@@ -53,8 +78,10 @@ class Linear(Protocol):
 class Operations:
     """Every operation for one device. Weights packed by one table are for that table's `linear` and `experts`."""
 
+    embedding: Embedding
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    add: Callable[[Tensor, Tensor], None]
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
@@ -62,9 +89,11 @@ class Operations:
     gated_activation: Callable[[Tensor, Activation], Tensor]
     pack_linear: Callable[[Tensor], PackedLinear]
     linear: Linear
+    gated_linear: Callable[[Tensor, PackedLinear, Tensor | None, Activation], Tensor]
     pack_experts: Callable[[Tensor, Tensor], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    new_capture: Callable[[], Capture]
 
 
 @functools.cache
@@ -80,8 +109,10 @@ def operations(device: Literal["cpu", "cuda"]) -> Operations:
 def reference() -> Operations:
     """The torch twins: right on every device, fast on none."""
     return Operations(
+        embedding=embedding.embedding,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
+        add=norm.add,
         rotary=rotary.rotary,
         kv_write=kv_write.kv_write,
         copy_blocks=kv_write.copy_blocks,
@@ -89,14 +120,28 @@ def reference() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
+        new_capture=capture.new_capture,
     )
 
 
 def _cpu() -> Operations:
-    from shoal.kernels.cpu_ops import activation, attention, experts, kv_write, library, linear, norm, rotary, sampling
+    from shoal.kernels.cpu_ops import (
+        activation,
+        attention,
+        embedding,
+        experts,
+        kernel,
+        kv_write,
+        library,
+        linear,
+        norm,
+        rotary,
+        sampling,
+    )
 
     try:
         library.library()
@@ -105,17 +150,21 @@ def _cpu() -> Operations:
         return reference()
     return replace(
         reference(),
+        embedding=embedding.embedding,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
+        add=norm.add,
         rotary=rotary.rotary,
         kv_write=kv_write.kv_write,
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
+        new_capture=kernel.new_capture,
     )
 
 
@@ -131,6 +180,7 @@ def _cuda() -> Operations:
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         experts=experts.experts,
         sample=sampling.sample,
     )

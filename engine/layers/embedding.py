@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.layers.linear import Linear
@@ -16,8 +15,14 @@ from shoal.kernels.dispatch import Operations
 class VocabParallelEmbedding:
     """Rows of the embedding table, split over ranks; a rank adds zero for the tokens of others."""
 
-    def __init__(self, weight: Tensor, start: int, vocab_size: int, collectives: Collectives) -> None:
+    def __init__(
+        self, weight: Tensor, start: int, vocab_size: int, scale: float | None, ops: Operations,
+        collectives: Collectives,
+    ) -> None:  # fmt: skip
+        """Rows are multiplied by `scale`, rounded to their dtype."""
         self.weight = weight  # [rows of this rank, hidden]
+        self._scale = 1.0 if scale is None else float(torch.tensor(scale, dtype=weight.dtype))
+        self._embedding = ops.embedding
         self._start = start
         self._vocab_size = vocab_size
         self.num_tokens = max(0, min(len(weight), vocab_size - start))  # rows that do not pad the vocabulary
@@ -25,11 +30,11 @@ class VocabParallelEmbedding:
 
     @classmethod
     def load(
-        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int,
-        topology: Topology, collectives: Collectives,
+        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int, scale: float | None,
+        ops: Operations, topology: Topology, collectives: Collectives,
     ) -> VocabParallelEmbedding:  # fmt: skip
         weight = _read_vocab_rows(reader, name, vocab_size, hidden_size, topology)
-        return cls(weight, topology.vocab_shard(vocab_size).start, vocab_size, collectives)
+        return cls(weight, topology.vocab_shard(vocab_size).start, vocab_size, scale, ops, collectives)
 
     @property
     def weight_bytes(self) -> int:
@@ -39,10 +44,10 @@ class VocabParallelEmbedding:
         """input_ids [tokens] int64 -> [tokens, hidden], a fresh tensor."""
         rows = self.weight.shape[0]
         if rows >= self._vocab_size:
-            return F.embedding(input_ids, self.weight)
+            return self._embedding(input_ids, self.weight, self._scale)
         local = input_ids - self._start
         is_elsewhere = (local < 0) | (local >= rows)
-        hidden = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        hidden = self._embedding(local.masked_fill(is_elsewhere, 0), self.weight, self._scale)
         return self._all_reduce(hidden.masked_fill_(is_elsewhere.unsqueeze(1), 0))
 
 
@@ -78,7 +83,8 @@ class ParallelLMHead:
         logits = self._linear(hidden, out_dtype=torch.float32)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        logits[:, self._num_tokens :] = -torch.inf
+        if self._num_tokens < logits.shape[1]:
+            logits[:, self._num_tokens :] = -torch.inf
         return logits
 
 

@@ -106,7 +106,7 @@ class Decoder:
         embedding: VocabParallelEmbedding | None,
         final_norm: RMSNorm | None,
         head: ParallelLMHead | None,
-        embedding_scale: float | None,
+        ops: Operations,
     ) -> None:
         self.layer_range = layer_range
         parts = (*layers, embedding, final_norm, head)
@@ -115,7 +115,7 @@ class Decoder:
         self._embedding = embedding
         self._final_norm = final_norm
         self._head = head
-        self._embedding_scale = embedding_scale
+        self._add = ops.add
 
     def forward(
         self,
@@ -126,21 +126,19 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> Tensor:
         """As Model.forward: [tokens, hidden], before the final norm."""
-        residual = self._embed(input_ids) if hidden is None else hidden
+        if hidden is None:
+            assert self._embedding is not None, "later stages take hidden states"
+            hidden = self._embedding(input_ids)
+        residual = hidden
         delta = None
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             delta = layer(delta, residual, positions, layer_kv, attention)
-        return residual if delta is None else residual.add_(delta)
+        if delta is not None:
+            self._add(delta, residual)
+        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As Model.logits: [rows, columns of this rank] float32."""
         assert self._final_norm is not None, "logits belong to the last stage"
         assert self._head is not None, "logits belong to the last stage"
         return self._head(self._final_norm(hidden))
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        assert self._embedding is not None, "later stages take hidden states"
-        hidden = self._embedding(input_ids)
-        if self._embedding_scale is None:
-            return hidden
-        return hidden.mul_(torch.tensor(self._embedding_scale, dtype=hidden.dtype))

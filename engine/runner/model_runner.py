@@ -18,6 +18,7 @@ from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
+from shoal.engine.runner.captured_steps import CapturedSteps
 from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.sampler import Sampler, Samples
@@ -57,6 +58,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._kv = kv
+        self._block_size = config.block_size
         self._ops = ops
         self._topology = topology
         self._links = links
@@ -64,6 +66,10 @@ class ModelRunner:
         self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
+        self._captured = None
+        if topology.tensor_size == topology.num_stages == 1:
+            max_blocks = -(-max_model_len // config.block_size)
+            self._captured = CapturedSteps(model, kv.layers, ops.new_capture(), config.max_running_requests, max_blocks)
         # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
         # there were drafts.
         self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
@@ -91,14 +97,24 @@ class ModelRunner:
         if self._drafter is not None:
             self._drafter.follow(plan)
         batch = self._rows.gather(plan)
+        self._kv.expect_use(int(batch.slots.max()) // self._block_size)
         # What is no longer in flight has left the last stage, so this never waits; it must be taken, wanted or not.
         self._receive_tokens(plan.step - self._max_steps_in_flight)
-        hidden = self._forward(batch)
-        samples = self._sample(batch, hidden) if is_last and len(batch.sampled) else None
+        samples = self._run(batch)
         if self._feeds_tokens and self._topology.is_first_stage and len(batch.sampled):
             self._awaited.append((plan.step, batch.rows[batch.sampled]))
         draft_ids = self._draft(plan, batch, samples) if self._drafter is not None and samples is not None else {}
         return PendingStep(plan.step, samples, draft_ids)
+
+    def _run(self, batch: StepBatch) -> Samples | None:
+        """This rank's layers, and the draw where the last of them are."""
+        if self._captured is not None and (logits := self._captured.logits(batch)) is not None:
+            return self._sample(batch, logits)
+        hidden = self._forward(batch)
+        if not self._topology.is_last_stage or not len(batch.sampled):
+            return None
+        last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
+        return self._sample(batch, self._model.logits(last))
 
     def _forward(self, batch: StepBatch) -> Tensor:
         attention = AttentionBatch(
@@ -129,9 +145,8 @@ class ModelRunner:
             _, rows = self._awaited.popleft()
             self._sampled[self._tensor(rows)] = self._links.receive_tokens(len(rows))
 
-    def _sample(self, batch: StepBatch, hidden: Tensor) -> Samples:
-        last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
-        logits = self._model.logits(last)  # [samples, columns of this rank]
+    def _sample(self, batch: StepBatch, logits: Tensor) -> Samples:
+        """logits: [samples, columns of this rank]."""
         samples = self._sampler.sample(logits, self._rows.sample_batch(batch))
         self._sampled[self._tensor(batch.rows[batch.sampled])] = samples.tokens
         if self._feeds_tokens:
