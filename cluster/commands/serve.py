@@ -149,7 +149,7 @@ def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, i
     narrator.say("starting Ray" if address is None else f"joining Ray at {address}")
     with as_start_error():
         if address is None:
-            _start_ray(config, is_verbose=is_verbose)
+            start_ray(config, is_verbose=is_verbose)
         else:
             join_ray(address, is_verbose=is_verbose)
         signals.install()
@@ -161,9 +161,10 @@ def _start_and_wait(config: ClusterConfig, signals: _Signals, start: float, *, i
         signal.pause()
 
 
-def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
+def start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
+    """A Ray of our own on this machine."""
     # Read by ray.serve when it is imported, here and in every process that Ray starts.
-    for name, value in _own_environment(config.http.header_timeout).items():
+    for name, value in own_environment(config.http.header_timeout).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -182,7 +183,7 @@ def _start_ray(config: ClusterConfig, *, is_verbose: bool) -> None:
     )
 
 
-def _own_environment(header_timeout_s: float) -> dict[str, str]:
+def own_environment(header_timeout_s: float) -> dict[str, str]:
     """Of a Ray that is ours alone: others may run on this machine, and nobody has to notice that a gateway goes."""
     ports = free_ports(3)
     return {
