@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import serving
 from machine import Workload
 from peers_child import MAX_LENGTH, MAX_REQUESTS
 from peers_install import PINNED, Folder
-from peers_offline import vllm_environment
+from peers_offline import SEEDS, vllm_environment
 from peers_process import Program
 from serving import HOST, Answer, free_port
 
@@ -35,6 +34,9 @@ ENGINE_OPTIONS = {  # vLLM's
     "max_num_batched_tokens": MAX_LENGTH,
     "enable_prefix_caching": False,
 }
+
+
+Wave = tuple[float, list[Answer]]  # seconds until the last answer's end, and the answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,33 +139,36 @@ class Server:
         self.name = contestant.name
         self._port = contestant.port
         self._program = program
-        self._workload = workload
         start = time.perf_counter()
         with program.turn():
-            self._wait_until_it_answers(READY_TIMEOUT_S)
+            self._wait_until_it_answers(workload, READY_TIMEOUT_S)
             self.ready_s = time.perf_counter() - start
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Its programs run. Those that watch each other may have to find out first that all are well."""
-        with self._program.turn():
-            self._wait_until_it_answers(TURN_TIMEOUT_S)
-            yield
+    def run(self, workload: Workload, seed: int) -> dict[int, Wave]:
+        """Its turn: a wave of each number of clients. First its programs, which watch each other, have to find out that
+        all are well.
+        """
 
-    def wave(self, prompts: Sequence[list[int]]) -> tuple[float, list[Answer]]:
-        return asyncio.run(serving.wave(self._port, prompts, self._workload.num_new))
+        def work(attempt: int) -> dict[int, Wave]:
+            self._wait_until_it_answers(workload, TURN_TIMEOUT_S)
+            return {count: wave(count, seed + SEEDS * attempt) for count in workload.request_counts}
+
+        def wave(count: int, seed: int) -> Wave:
+            return serving.wave(self._port, workload.prompts(count, workload.num_prompt, seed), workload.num_new)
+
+        return self._program.undisturbed(work)
 
     def memory_bytes(self) -> int:
         return self._program.memory_bytes()
 
-    def _wait_until_it_answers(self, timeout_s: float) -> None:
+    def _wait_until_it_answers(self, workload: Workload, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        prompts = self._workload.prompts(1, self._workload.num_prompt, seed=time.monotonic_ns())
+        prompts = workload.prompts(1, workload.num_prompt, seed=time.monotonic_ns())
         while True:
             try:
-                asyncio.run(serving.wave(self._port, prompts, 2))
+                serving.wave(self._port, prompts, 2)
                 return
-            except (OSError, serving.ServerError, asyncio.IncompleteReadError) as error:
+            except (OSError, serving.ServerError) as error:
                 if not self._program.is_running:
                     raise self._program.error("ended") from None
                 if time.monotonic() > deadline:
@@ -175,36 +180,30 @@ def measure(servers: Sequence[Server], workload: Workload) -> dict[str, Any]:
     """By number of clients: seconds of each server's waves, and what its clients saw. A round is a turn of each; the
     first one, which nobody is used to, does not count.
     """
-    seconds: dict[int, dict[str, list[float]]] = {count: {} for count in workload.request_counts}
-    answers: dict[int, dict[str, list[Answer]]] = {count: {} for count in workload.request_counts}
+    waves: dict[int, dict[str, list[Wave]]] = {count: {} for count in workload.request_counts}
     for repeat in range(-1, workload.repeats):
         for server in servers:
-            last = {}
-            with server.turn():
-                for count in workload.request_counts:
-                    prompts = workload.prompts(count, workload.num_prompt, seed=repeat)
-                    last[count], streamed = server.wave(prompts)
-                    if repeat >= 0:
-                        seconds[count].setdefault(server.name, []).append(last[count])
-                        answers[count].setdefault(server.name, []).extend(streamed)
-            said = "  ".join(f"{count} {taken:.3f} s" for count, taken in last.items())
+            last = server.run(workload, seed=repeat)
+            if repeat >= 0:
+                for count, wave in last.items():
+                    waves[count].setdefault(server.name, []).append(wave)
+            said = "  ".join(f"{count} {seconds:.3f} s" for count, (seconds, _) in last.items())
             which = f"{repeat + 1}/{workload.repeats}" if repeat >= 0 else "warm"
             print(f"  {which}  {server.name:14} {said}", flush=True)
-    return {f"clients_{count}": summary(seconds[count], answers[count], count, workload) for count in seconds}
+    return {f"clients_{count}": summary(by_server, count, workload) for count, by_server in waves.items()}
 
 
-def summary(
-    seconds: Mapping[str, Sequence[float]], answers: Mapping[str, Sequence[Answer]], count: int, workload: Workload
-) -> dict[str, Any]:
-    """Medians, by server: of waves, and of streams."""
-    num_tokens = count * workload.num_new
+def summary(waves: Mapping[str, Sequence[Wave]], count: int, workload: Workload) -> dict[str, Any]:
+    """By server: seconds of its waves, and medians over waves and over streams."""
+    seconds = {name: [taken for taken, _ in seen] for name, seen in waves.items()}
+    answers = {name: [answer for _, streams in seen for answer in streams] for name, seen in waves.items()}
+    steps = workload.num_new - 1
     return {
         "seconds": seconds,
-        "tokens_per_s": {name: num_tokens / statistics.median(taken) for name, taken in seconds.items()},
-        "ttft_p50_s": {name: statistics.median(a.first_s for a in seen) for name, seen in answers.items()},
+        "tokens_per_s": {n: count * workload.num_new / statistics.median(taken) for n, taken in seconds.items()},
+        "ttft_p50_s": {n: statistics.median(a.first_s for a in seen) for n, seen in answers.items()},
         "time_per_token_p50_s": {
-            name: statistics.median((a.last_s - a.first_s) / (a.num_tokens - 1) for a in seen)
-            for name, seen in answers.items()
+            n: statistics.median((a.last_s - a.first_s) / steps for a in seen) for n, seen in answers.items()
         },
     }
 

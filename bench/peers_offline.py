@@ -15,12 +15,13 @@ import machine
 from machine import Workload
 from peers_child import KV_GIB
 from peers_install import Folder, version_of
-from peers_process import Program
+from peers_process import TRIES, Program
 
 from shoal.cluster.config import EMBEDDED_MODEL, locate_model
 
 CHILD = Path(__file__).parent / "peers_child.py"
 SHOAL = "shoal"
+SEEDS = 1000  # more than there are rounds: every prompt is a new one
 
 Precision = Literal["16 bits", "int8", "int4"]  # of the weights
 
@@ -111,13 +112,19 @@ class Child:
         self.version: str = ready["version"]
         self.ready_s: float = ready["ready_s"]
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> float:
-        """Seconds. It must be its turn."""
-        answer = json.loads(self._program.ask(json.dumps({"prompts": prompts, "num_new": num_new})))
-        return float(answer["seconds"])
+    def run(self, workload: Workload, seed: int) -> dict[str, float]:
+        """Its turn: seconds by point."""
+        asked = points(workload, self.contestant.precision)
 
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        return self._program.turn()
+        def work(attempt: int) -> dict[str, float]:
+            return {name: seconds(point, seed + SEEDS * attempt) for name, point in asked.items()}
+
+        def seconds(point: Point, seed: int) -> float:
+            prompts = workload.prompts(point.requests, point.length, seed + SEEDS * TRIES * point.num_new)
+            answer = json.loads(self._program.ask(json.dumps({"prompts": prompts, "num_new": point.num_new})))
+            return float(answer["seconds"])
+
+        return self._program.undisturbed(work)
 
 
 def points(workload: Workload, precision: Precision) -> dict[str, Point]:
@@ -138,11 +145,7 @@ def measure(children: Sequence[Child], workload: Workload) -> dict[str, dict[str
     for repeat in range(-1, workload.repeats):
         for child in children:
             name = child.contestant.name
-            last = {}
-            with child.turn():
-                for point, (requests, length, num_new) in points(workload, child.contestant.precision).items():
-                    prompts = workload.prompts(requests, length, seed=repeat + 1000 * num_new)
-                    last[point] = child.run(prompts, num_new)
+            last = child.run(workload, seed=repeat)
             if repeat >= 0:
                 for point, taken in last.items():
                     seconds.setdefault(point, {}).setdefault(name, []).append(taken)

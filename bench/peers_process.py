@@ -1,7 +1,8 @@
 """A program under test: a process with all that it starts, which only runs while it is its turn.
 
 Several of them are loaded at once, on cores that each would take for itself. So those that wait are stopped (SIGSTOP):
-they keep their memory, and take no time from the one that is measured.
+they keep their memory, and take no time from the one that is measured. What else runs on the machine is watched, and a
+turn that it disturbed is taken again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from shoal.cluster.commands.processes import descendants
 
-STOP_TIMEOUT_S = 40.0
+STOP_TIMEOUT_S = 20.0
 LOG_TAIL = 3000  # characters
+TRIES = 6  # of a turn
+MAX_DISTURBANCE = 0.04  # share of the cores that strangers may have in a turn, beside a tick or two
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
@@ -62,6 +69,21 @@ class Program:
             yield
         finally:
             self._signal(signal.SIGSTOP)
+
+    def undisturbed(self, work: Callable[[int], T]) -> T:
+        """The result of a turn in which nothing else took the cores; after TRIES, that of the last one. `work` is told
+        how often it was tried before.
+        """
+        for attempt in range(TRIES):
+            with self.turn():
+                start, before = time.perf_counter(), self._strangers_s()
+                result = work(attempt)
+                strangers_s, seconds = self._strangers_s() - before, time.perf_counter() - start
+            share = (strangers_s - 5 / TICKS_PER_S) / (seconds * (os.cpu_count() or 1))
+            if share <= MAX_DISTURBANCE:
+                break
+            print(f"  {self.name}: other programs took {share:.0%} of the cores", flush=True)
+        return result
 
     def ask(self, line: str = "") -> str:
         """Write a line, if there is one, and read one. Raises PeerError if the program has ended."""
@@ -107,6 +129,18 @@ class Program:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
+
+    def _strangers_s(self) -> float:
+        """CPU seconds so far of all that is neither of this program nor of this process. Stolen ones count."""
+        names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+        first, *_ = Path("/proc/stat").read_text().splitlines()
+        ticks = dict(zip(names, map(int, first.split()[1:]), strict=False))
+        busy = sum(ticks.values()) - ticks["idle"] - ticks["iowait"]
+        for pid in self._processes():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                busy -= sum(map(int, fields[11:15]))  # user and system time, its own and that of children that ended
+        return busy / TICKS_PER_S - time.process_time()
 
     def _processes(self) -> list[int]:
         return [self._process.pid, *descendants(self._process.pid)]

@@ -53,7 +53,7 @@ async def answer(reader, writer):
             send({"choices": [{"text": "a"}]})
             await asyncio.sleep(0.01)
         send({"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}})
-        writer.write(b"0\\r\\n\\r\\n")
+        writer.write(b"e\\r\\ndata: [DONE]\\n\\n\\r\\n0\\r\\n\\r\\n")
     writer.close()
 async def main():
     async with await asyncio.start_server(answer, "127.0.0.1", int(sys.argv[1])) as server:
@@ -68,6 +68,12 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, str(BENCH))
     yield importlib.import_module
     sys.path.remove(str(BENCH))
+
+
+@pytest.fixture
+def is_undisturbed(bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs here."""
+    monkeypatch.setattr(bench("peers_process"), "MAX_DISTURBANCE", float("inf"))
 
 
 def states(pids: list[int]) -> set[str]:
@@ -99,6 +105,28 @@ def test_a_program_runs_in_its_turn_only_with_all_that_it_started(bench: Callabl
     assert not set(own) & set(descendants())
 
 
+def test_a_turn_that_a_stranger_disturbs_is_taken_again(bench: Callable[[str], ModuleType]) -> None:
+    process = bench("peers_process")
+    stranger = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+    attempts = []
+
+    def work(attempt: int) -> str:
+        time.sleep(0.5)
+        attempts.append(attempt)
+        if attempt == 1:
+            stranger.kill()
+            stranger.wait()
+        return f"of attempt {attempt}"
+
+    try:
+        with process.Program("idle", ["sleep", "100"], {}) as program:
+            assert program.undisturbed(work) == f"of attempt {attempts[-1]}"
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert attempts[:3] == [0, 1, 2]
+
+
 def test_a_program_that_ends_is_reported_with_what_it_printed(bench: Callable[[str], ModuleType]) -> None:
     process = bench("peers_process")
     command = ["sh", "-c", "echo no such model >&2"]
@@ -109,6 +137,7 @@ def test_a_program_that_ends_is_reported_with_what_it_printed(bench: Callable[[s
         program.ask()
 
 
+@pytest.mark.usefixtures("is_undisturbed")
 def test_engines_take_turns_and_the_first_round_does_not_count(
     bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +162,7 @@ def test_engines_take_turns_and_the_first_round_does_not_count(
     assert result["contestants"]["packed"]["precision"] == "int4"
 
 
+@pytest.mark.usefixtures("is_undisturbed")
 def test_servers_are_waited_for_and_take_turns(bench: Callable[[str], ModuleType]) -> None:
     http, process = bench("peers_http"), bench("peers_process")
     workload = bench("machine").Workload(num_prompt=5, num_new=4, request_counts=(1, 3), num_prefill=7, repeats=2)
