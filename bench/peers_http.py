@@ -18,7 +18,7 @@ from machine import Workload
 from peers_child import MAX_LENGTH, MAX_REQUESTS
 from peers_install import PINNED, Folder
 from peers_offline import SEEDS, vllm_environment
-from peers_process import Program
+from peers_process import Program, num_tries
 from serving import HOST, Answer, free_port
 
 from shoal.cluster.config import EMBEDDED_MODEL
@@ -144,19 +144,15 @@ class Server:
             self._wait_until_it_answers(workload, READY_TIMEOUT_S)
             self.ready_s = time.perf_counter() - start
 
-    def run(self, workload: Workload, seed: int) -> dict[int, Wave]:
-        """Its turn: a wave of each number of clients. First its programs, which watch each other, have to find out that
-        all are well.
-        """
+    def run(self, workload: Workload, count: int, seed: int) -> Wave:
+        """A wave of `count` clients. First the server's programs, which watch each other, see that all are well."""
 
-        def work(attempt: int) -> dict[int, Wave]:
+        def work(attempt: int) -> Wave:
             self._wait_until_it_answers(workload, TURN_TIMEOUT_S)
-            return {count: wave(count, seed + SEEDS * attempt) for count in workload.request_counts}
+            prompts = workload.prompts(count, workload.num_prompt, seed + SEEDS * attempt)
+            return serving.wave(self._port, prompts, workload.num_new)
 
-        def wave(count: int, seed: int) -> Wave:
-            return serving.wave(self._port, workload.prompts(count, workload.num_prompt, seed), workload.num_new)
-
-        return self._program.undisturbed(work)
+        return self._program.undisturbed(work, tries=num_tries(workload))
 
     def memory_bytes(self) -> int:
         return self._program.memory_bytes()
@@ -183,7 +179,7 @@ def measure(servers: Sequence[Server], workload: Workload) -> dict[str, Any]:
     waves: dict[int, dict[str, list[Wave]]] = {count: {} for count in workload.request_counts}
     for repeat in range(-1, workload.repeats):
         for server in servers:
-            last = server.run(workload, seed=repeat)
+            last = {count: server.run(workload, count, seed=repeat) for count in workload.request_counts}
             if repeat >= 0:
                 for count, wave in last.items():
                     waves[count].setdefault(server.name, []).append(wave)

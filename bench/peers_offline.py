@@ -15,7 +15,7 @@ import machine
 from machine import Workload
 from peers_child import KV_GIB
 from peers_install import Folder, version_of
-from peers_process import TRIES, Program
+from peers_process import MAX_TRIES, Program, num_tries
 
 from shoal.cluster.config import EMBEDDED_MODEL, locate_model
 
@@ -112,19 +112,16 @@ class Child:
         self.version: str = ready["version"]
         self.ready_s: float = ready["ready_s"]
 
-    def run(self, workload: Workload, seed: int) -> dict[str, float]:
-        """Its turn: seconds by point."""
-        asked = points(workload, self.contestant.precision)
+    def run(self, workload: Workload, point: Point, seed: int) -> float:
+        """Seconds."""
 
-        def work(attempt: int) -> dict[str, float]:
-            return {name: seconds(point, seed + SEEDS * attempt) for name, point in asked.items()}
-
-        def seconds(point: Point, seed: int) -> float:
-            prompts = workload.prompts(point.requests, point.length, seed + SEEDS * TRIES * point.num_new)
+        def work(attempt: int) -> float:
+            of_point = seed + SEEDS * (attempt + MAX_TRIES * point.num_new)
+            prompts = workload.prompts(point.requests, point.length, of_point)
             answer = json.loads(self._program.ask(json.dumps({"prompts": prompts, "num_new": point.num_new})))
             return float(answer["seconds"])
 
-        return self._program.undisturbed(work)
+        return self._program.undisturbed(work, tries=num_tries(workload))
 
 
 def points(workload: Workload, precision: Precision) -> dict[str, Point]:
@@ -145,7 +142,8 @@ def measure(children: Sequence[Child], workload: Workload) -> dict[str, dict[str
     for repeat in range(-1, workload.repeats):
         for child in children:
             name = child.contestant.name
-            last = child.run(workload, seed=repeat)
+            asked = points(workload, child.contestant.precision)
+            last = {name: child.run(workload, point, seed=repeat) for name, point in asked.items()}
             if repeat >= 0:
                 for point, taken in last.items():
                     seconds.setdefault(point, {}).setdefault(name, []).append(taken)

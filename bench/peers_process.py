@@ -18,19 +18,46 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from machine import Workload
+
 from shoal.cluster.commands.processes import descendants
 
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL = 3000  # characters
-TRIES = 6  # of a turn
+MAX_TRIES = 6  # of a turn
 MAX_DISTURBANCE = 0.04  # share of the cores that strangers may have in a turn, beside a tick or two
+CALM_S, CALM_TIMEOUT_S = 0.5, 60.0
+NUM_CORES = os.cpu_count() or 1
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 T = TypeVar("T")
 
 
+def num_tries(workload: Workload) -> int:
+    """A single round is only for show."""
+    return MAX_TRIES if workload.repeats > 1 else 1
+
+
 class PeerError(RuntimeError):
     """A program ended, did not come up, or answered nonsense. What it had printed is in the message."""
+
+
+def busy_s() -> float:
+    """CPU seconds so far of everything, and those that the machine's host took."""
+    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+    numbers = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+    ticks = dict(zip(names, map(int, numbers), strict=False))
+    return (sum(ticks.values()) - ticks["idle"] - ticks["iowait"]) / TICKS_PER_S
+
+
+def wait_until_calm() -> None:
+    """Until next to nothing runs on the machine, or CALM_TIMEOUT_S have gone by."""
+    deadline = time.monotonic() + CALM_TIMEOUT_S
+    is_calm = False
+    while not is_calm and time.monotonic() < deadline:
+        before = busy_s()
+        time.sleep(CALM_S)
+        is_calm = busy_s() - before <= MAX_DISTURBANCE * CALM_S * NUM_CORES
 
 
 class Program:
@@ -70,19 +97,20 @@ class Program:
         finally:
             self._signal(signal.SIGSTOP)
 
-    def undisturbed(self, work: Callable[[int], T]) -> T:
-        """The result of a turn in which nothing else took the cores; after TRIES, that of the last one. `work` is told
-        how often it was tried before.
+    def undisturbed(self, work: Callable[[int], T], *, tries: int) -> T:
+        """The result of a turn in which nothing else took the cores; after so many tries, that of the last one. `work`
+        is told how often it was tried before.
         """
-        for attempt in range(TRIES):
+        for attempt in range(tries):
             with self.turn():
                 start, before = time.perf_counter(), self._strangers_s()
                 result = work(attempt)
                 strangers_s, seconds = self._strangers_s() - before, time.perf_counter() - start
-            share = (strangers_s - 5 / TICKS_PER_S) / (seconds * (os.cpu_count() or 1))
-            if share <= MAX_DISTURBANCE:
+            share = (strangers_s - 5 / TICKS_PER_S) / (seconds * NUM_CORES)
+            if share <= MAX_DISTURBANCE or attempt == tries - 1:
                 break
-            print(f"  {self.name}: other programs took {share:.0%} of the cores", flush=True)
+            print(f"  {self.name}: again, as other programs took {share:.0%} of the cores", flush=True)
+            wait_until_calm()
         return result
 
     def ask(self, line: str = "") -> str:
@@ -131,16 +159,13 @@ class Program:
         self._log.close()
 
     def _strangers_s(self) -> float:
-        """CPU seconds so far of all that is neither of this program nor of this process. Stolen ones count."""
-        names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-        first, *_ = Path("/proc/stat").read_text().splitlines()
-        ticks = dict(zip(names, map(int, first.split()[1:]), strict=False))
-        busy = sum(ticks.values()) - ticks["idle"] - ticks["iowait"]
+        """CPU seconds so far of all that is neither of this program nor of this process."""
+        ticks = 0
         for pid in self._processes():
             with contextlib.suppress(OSError):  # gone meanwhile
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                busy -= sum(map(int, fields[11:15]))  # user and system time, its own and that of children that ended
-        return busy / TICKS_PER_S - time.process_time()
+                ticks += sum(map(int, fields[11:15]))  # user and system time, its own and that of children that ended
+        return busy_s() - ticks / TICKS_PER_S - time.process_time()
 
     def _processes(self) -> list[int]:
         return [self._process.pid, *descendants(self._process.pid)]
