@@ -79,6 +79,7 @@ class Operations:
     """Every operation for one device. Weights packed by one table are for that table's `linear` and `experts`."""
 
     embedding: Embedding
+    take_rows: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     add: Callable[[Tensor, Tensor], None]
@@ -110,6 +111,7 @@ def reference() -> Operations:
     """The torch twins: right on every device, fast on none."""
     return Operations(
         embedding=embedding.embedding,
+        take_rows=embedding.take_rows,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         add=norm.add,
@@ -151,6 +153,7 @@ def _cpu() -> Operations:
     return replace(
         reference(),
         embedding=embedding.embedding,
+        take_rows=embedding.take_rows,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         add=norm.add,

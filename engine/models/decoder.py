@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.engine.layers.attention import Attention, AttentionBatch
+from shoal.engine.layers.attention import Attention, AttentionBatch, LastTokens
 from shoal.engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from shoal.engine.layers.linear import QKVParallelLinear, RowParallelLinear
 from shoal.engine.layers.mlp import GatedMLP
@@ -49,15 +49,17 @@ class SelfAttention:
         self._head_dim = head_dim
         self._rotary = ops.rotary
 
-    def __call__(self, x: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]."""
+    def __call__(
+        self, x: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch, wanted: LastTokens | None
+    ) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden], or [wanted, hidden]."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
         q, k, v = torch.split(heads, self._head_counts, dim=1)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
         if self._cos_sin is not None:
             self._rotary(q, k, positions, self._cos_sin)
-        return self._output(self._attention(q, k, v, kv, batch))
+        return self._output(self._attention(q, k, v, kv, batch, wanted))
 
 
 class DecoderLayer:
@@ -82,16 +84,26 @@ class DecoderLayer:
         self._mlp = mlp
         self._mlp_post_norm = mlp_post_norm
 
-    def __call__(
-        self, delta: Tensor | None, residual: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch
+    def attend(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        wanted: LastTokens | None,
     ) -> Tensor:
-        """Add `delta` (None in a stage's first layer) to `residual` in place; return the next one [tokens, hidden]."""
+        """Add `delta` (None in a stage's first layer) to `residual` in place; the next one is [tokens, hidden], or
+        [wanted, hidden].
+        """
         norm = self._attention_norm
         x = norm(residual) if delta is None else norm.add(delta, residual)
-        x = self._attention(x, positions, kv, batch)
-        if self._attention_post_norm is not None:
-            x = self._attention_post_norm(x)
-        x = self._mlp(self._mlp_norm.add(x, residual))
+        x = self._attention(x, positions, kv, batch, wanted)
+        return x if self._attention_post_norm is None else self._attention_post_norm(x)
+
+    def feed_forward(self, delta: Tensor, residual: Tensor) -> Tensor:
+        """Add `delta` to `residual` in place, both [tokens, hidden]; return the next one."""
+        x = self._mlp(self._mlp_norm.add(delta, residual))
         return x if self._mlp_post_norm is None else self._mlp_post_norm(x)
 
 
@@ -115,7 +127,7 @@ class Decoder:
         self._embedding = embedding
         self._final_norm = final_norm
         self._head = head
-        self._add = ops.add
+        self._ops = ops
 
     def forward(
         self,
@@ -132,9 +144,14 @@ class Decoder:
         residual = hidden
         delta = None
         for layer, layer_kv in zip(self._layers, kv, strict=True):
-            delta = layer(delta, residual, positions, layer_kv, attention)
+            # Behind the last attention of all, a token is of use to nobody but its own logits.
+            wanted = attention.wanted if layer is self._layers[-1] and self._head is not None else None
+            delta = layer.attend(delta, residual, positions, layer_kv, attention, wanted)
+            if wanted is not None:
+                residual = self._ops.take_rows(residual, wanted.tokens)
+            delta = layer.feed_forward(delta, residual)
         if delta is not None:
-            self._add(delta, residual)
+            self._ops.add(delta, residual)
         return residual
 
     def logits(self, hidden: Tensor) -> Tensor:

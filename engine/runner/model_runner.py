@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.config import EngineConfig
-from shoal.engine.layers.attention import AttentionBatch
+from shoal.engine.layers.attention import AttentionBatch, LastTokens
 from shoal.engine.models.registry import Model
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.pipeline import StageLinks
@@ -66,10 +66,12 @@ class ModelRunner:
         self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
-        self._captured = None
+        self._captured: CapturedSteps | None = None
         if topology.tensor_size == topology.num_stages == 1:
-            max_blocks = -(-max_model_len // config.block_size)
-            self._captured = CapturedSteps(model, kv.layers, ops.new_capture(), config.max_running_requests, max_blocks)
+            self._captured = CapturedSteps(
+                model, kv.layers, ops.new_capture(), hidden_size=config.model.hidden_size,
+                max_requests=config.max_running_requests, max_blocks=-(-max_model_len // config.block_size),
+            )  # fmt: skip
         # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
         # there were drafts.
         self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
@@ -109,20 +111,21 @@ class ModelRunner:
     def _run(self, batch: StepBatch) -> Samples | None:
         """This rank's layers, and the draw where the last of them are."""
         if self._captured is not None and (logits := self._captured.logits(batch)) is not None:
-            return self._sample(batch, logits)
+            return self._sample(batch, logits) if len(logits) else None
         hidden = self._forward(batch)
         if not self._topology.is_last_stage or not len(batch.sampled):
             return None
-        last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
-        return self._sample(batch, self._model.logits(last))
+        return self._sample(batch, self._model.logits(hidden))
 
     def _forward(self, batch: StepBatch) -> Tensor:
+        """[tokens, hidden], of the last stage [samples, hidden]."""
         attention = AttentionBatch(
             slots=self._tensor(batch.slots),
             block_tables=self._tensor(batch.block_tables),
             query_starts=self._tensor(batch.query_starts),
             context_lens=self._tensor(batch.context_lens),
             max_query_len=batch.max_query_len,
+            wanted=self._wanted(batch) if self._topology.is_last_stage else None,
         )
         hidden = self._links.receive_hidden()  # [tokens, hidden]
         hidden = self._model.forward(
@@ -130,6 +133,12 @@ class ModelRunner:
         )
         self._links.send_hidden(hidden)
         return hidden
+
+    def _wanted(self, batch: StepBatch) -> LastTokens | None:
+        if batch.samples_all:
+            return None
+        starts, longest = batch.sample_starts()
+        return LastTokens(self._tensor(batch.sampled_tokens), self._tensor(starts), longest)
 
     def _input_ids(self, batch: StepBatch) -> Tensor:
         """[tokens] int64, sampled tokens that the coordinator does not know yet put in."""

@@ -29,7 +29,6 @@ _ARGUMENTS = {
     "add": "PPqqqqi",
     "add_rms_norm": "PPPPqiqqfi",
     "attention": "PPPPPPiiiiiqqqiffi",
-    "embedding": "PPPqqfi",
     "gated_activation": "PPqiqii",
     "gated_linear": "PPPPqqqqi",
     "kv_write": "PPPPqiiiqqqi",
@@ -38,6 +37,7 @@ _ARGUMENTS = {
     "rms_norm": "PPPqqiqqfi",
     "rotary": "PPPPqiiiiqqi",
     "sample": "PPPPPPPqiq",
+    "take_rows": "PPPqqqfi",
 }
 # Elements of work below which waking threads (about 10 us) costs more than it saves.
 _SERIAL_ELEMENTS = 32768
@@ -96,7 +96,7 @@ class Workspace:
 
     def release(self, tensor: Tensor) -> None:
         """Others may use the tensor's piece, though the tensor goes on to lie in it."""
-        self._in_use[tensor.data_ptr()]()
+        self._in_use[_memory(tensor)]()
 
 
 class Capture:

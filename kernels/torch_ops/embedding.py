@@ -1,4 +1,4 @@
-"""Rows of an embedding table."""
+"""Rows of a table."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def embedding(
     """table[ids] * scale, rounded once."""
     rows = F.embedding(ids, table)
     return rows if scale == 1 else rows.mul_(scale)
+
+
+def take_rows(
+    x: Tensor,  # [tokens, ...], rows dense
+    rows: Tensor,  # [taken] int64
+) -> Tensor:  # [taken, ...] contiguous
+    """x[rows]"""
+    return x.index_select(0, rows)

@@ -84,6 +84,17 @@ def embedding(draw: Draw, dtype: torch.dtype) -> Run:
     return run
 
 
+def take_rows(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, dim, generator = tokens_of(draw), draw(st.integers(1, 70)), generator_of(draw)
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        x, rows = torch.randn(9, 3, dim, generator=g).to(dtype), torch.randint(0, 9, (tokens,), generator=g)
+        return ops.take_rows(x, rows), ops.take_rows(x[:, 1:], rows), ops.take_rows(x[:, 0], rows)
+
+    return run
+
+
 def add(draw: Draw, dtype: torch.dtype) -> Run:
     tokens, dim, generator = tokens_of(draw), draw(st.integers(1, 70)), generator_of(draw)
 
@@ -292,6 +303,7 @@ def sample(draw: Draw, dtype: torch.dtype) -> Run:
 
 CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
     "embedding": embedding,
+    "take_rows": take_rows,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "add": add,

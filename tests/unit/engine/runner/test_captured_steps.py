@@ -35,7 +35,12 @@ class SumModel:
         per_token = input_ids + 100 * positions + 10_000 * attention.slots  # [tokens]
         lengths = torch.diff(attention.query_starts).long()  # [requests]
         owners = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # [tokens]
-        return per_token + 10**6 * attention.context_lens[owners] + 10**8 * attention.block_tables[owners, 0]
+        hidden = per_token + 10**6 * attention.context_lens[owners] + 10**8 * attention.block_tables[owners, 0]
+        if attention.wanted is None:
+            return hidden
+        counts = torch.diff(attention.wanted.query_starts).long()  # [requests]
+        assert torch.equal(owners[attention.wanted.tokens], torch.repeat_interleave(torch.arange(len(counts)), counts))
+        return hidden[attention.wanted.tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden[:, None].double() + torch.arange(VOCAB)  # [tokens, VOCAB]
@@ -59,13 +64,18 @@ class Recorder:
         return results, replay
 
 
-def batch_of(lengths: Sequence[int], seed: int, num_sampled: int | None = None, num_pending: int = 0) -> StepBatch:
+def batch_of(
+    lengths: Sequence[int], seed: int, samples: Sequence[int] | None = None, num_pending: int = 0
+) -> StepBatch:
+    """`lengths` and `samples` of each request; without `samples`, something is sampled after every token."""
     numbers = np.random.default_rng(seed)
     tokens, requests = sum(lengths), len(lengths)
     starts = np.zeros(requests + 1, np.int32)
     np.cumsum(lengths, out=starts[1:])
     ints = lambda high, *shape: numbers.integers(1, high, shape)  # noqa: E731
-    sampled_tokens = np.arange(tokens if num_sampled is None else num_sampled)
+    counts = lengths if samples is None else samples
+    sampled = np.repeat(np.arange(requests), counts)
+    sampled_tokens = np.concatenate([np.arange(end - n, end) for end, n in zip(starts[1:], counts, strict=True)])
     return StepBatch(
         request_ids=(),
         rows=np.arange(requests),
@@ -76,7 +86,7 @@ def batch_of(lengths: Sequence[int], seed: int, num_sampled: int | None = None, 
         query_starts=starts,
         context_lens=ints(90, requests).astype(np.int32),
         max_query_len=max(lengths),
-        sampled=np.zeros_like(sampled_tokens),
+        sampled=sampled,
         sampled_tokens=sampled_tokens,
         num_guessed=np.zeros_like(sampled_tokens),
         guesses=np.zeros_like(sampled_tokens),
@@ -91,11 +101,12 @@ def expected(batch: StepBatch) -> Tensor:
     attention = AttentionBatch(
         of(batch.slots), of(batch.block_tables), of(batch.query_starts), of(batch.context_lens), batch.max_query_len
     )
-    return model.logits(model.forward(of(batch.input_ids), of(batch.positions), attention, ()))
+    hidden = model.forward(of(batch.input_ids), of(batch.positions), attention, ())
+    return model.logits(hidden[of(batch.sampled_tokens)])
 
 
 def steps(capture: Callable[..., object]) -> CapturedSteps:
-    return CapturedSteps(SumModel(), (), capture, max_requests=40, max_blocks=6)  # type: ignore[arg-type]
+    return CapturedSteps(SumModel(), (), capture, hidden_size=1, max_requests=40, max_blocks=6)  # type: ignore[arg-type]
 
 
 def test_a_shape_is_captured_when_it_comes_back_and_replayed_from_then_on() -> None:
@@ -122,14 +133,20 @@ def test_drafts_of_any_lengths_share_a_capture_of_as_many_tokens_and_requests() 
     assert recorder.num_captured == 1
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        batch_of([5, 1], 0, num_sampled=2),  # part of a prompt
-        batch_of([captured_steps.MAX_TOKENS + 1], 0),
-        batch_of([1, 1], 0, num_pending=1),
-    ],
-)
+@pytest.mark.parametrize("samples", [[1, 0, 1], [2, 0, 1], [0, 0, 0]])
+def test_a_capture_of_chunks_gives_the_logits_that_are_wanted(samples: list[int]) -> None:
+    recorder = Recorder()
+    runner = steps(recorder)
+    runner.logits(batch_of([7, 4, 1], seed=0, samples=samples))
+    for seed in range(1, 4):
+        batch = batch_of([7, 4, 1], seed, samples)
+        logits = runner.logits(batch)
+        assert logits is not None
+        assert torch.equal(logits, expected(batch))
+    assert (recorder.num_captured, recorder.num_replayed) == (1, 2)
+
+
+@pytest.mark.parametrize("batch", [batch_of([captured_steps.MAX_TOKENS + 1], 0), batch_of([1, 1], 0, num_pending=1)])
 def test_other_steps_run_operation_by_operation(batch: StepBatch) -> None:
     recorder = Recorder()
     runner = steps(recorder)
@@ -161,3 +178,15 @@ def test_the_shape_that_was_not_used_for_longest_goes_first(monkeypatch: pytest.
     assert recorder.num_captured == 3
     runner.logits(batch_of([1, 1], 9))
     assert recorder.num_captured == 4
+
+
+def test_shapes_that_were_seen_once_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_steps, "MAX_SEEN", 3)
+    recorder = Recorder()
+    runner = steps(recorder)
+    for tokens in range(1, 6):
+        runner.logits(batch_of([tokens], 0))
+    runner.logits(batch_of([1], 0))
+    assert recorder.num_captured == 0
+    runner.logits(batch_of([5], 0))
+    assert recorder.num_captured == 1
