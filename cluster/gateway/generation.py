@@ -134,7 +134,7 @@ class Generation:
         return chosen
 
     async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """What each engine step gave, until every choice has finished. Closing this aborts what still runs."""
+        """What engine steps gave, until every choice has finished. Closing this aborts what still runs."""
         streams = [self._call_deltas(steps, group) for steps, group in zip(self._steps, self._groups, strict=True)]
         async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
             async for deltas in merged:
