@@ -144,15 +144,19 @@ class Server:
             self._wait_until_it_answers(workload, READY_TIMEOUT_S)
             self.ready_s = time.perf_counter() - start
 
-    def run(self, workload: Workload, count: int, seed: int) -> Wave:
+    @property
+    def num_disturbed(self) -> int:
+        return self._program.num_disturbed
+
+    def run(self, workload: Workload, count: int, repeat: int) -> Wave:
         """A wave of `count` clients. First the server's programs, which watch each other, see that all are well."""
 
         def work(attempt: int) -> Wave:
             self._wait_until_it_answers(workload, TURN_TIMEOUT_S)
-            prompts = workload.prompts(count, workload.num_prompt, seed + SEEDS * attempt)
+            prompts = workload.prompts(count, workload.num_prompt, repeat + SEEDS * attempt)
             return serving.wave(self._port, prompts, workload.num_new)
 
-        return self._program.undisturbed(work, tries=num_tries(workload))
+        return self._program.undisturbed(work, tries=num_tries(workload, repeat))
 
     def memory_bytes(self) -> int:
         return self._program.memory_bytes()
@@ -179,7 +183,7 @@ def measure(servers: Sequence[Server], workload: Workload) -> dict[str, Any]:
     waves: dict[int, dict[str, list[Wave]]] = {count: {} for count in workload.request_counts}
     for repeat in range(-1, workload.repeats):
         for server in servers:
-            last = {count: server.run(workload, count, seed=repeat) for count in workload.request_counts}
+            last = {count: server.run(workload, count, repeat) for count in workload.request_counts}
             if repeat >= 0:
                 for count, wave in last.items():
                     waves[count].setdefault(server.name, []).append(wave)
@@ -226,5 +230,6 @@ def run(folder: Folder, names: Sequence[str], workload: Workload, threads: int) 
         "peers": {name: PINNED[name] for name in names},
         "ready_s": {server.name: server.ready_s for server in servers},
         "memory_bytes": memory,
+        "num_disturbed": {server.name: server.num_disturbed for server in servers},
         **measured,
     }

@@ -112,16 +112,20 @@ class Child:
         self.version: str = ready["version"]
         self.ready_s: float = ready["ready_s"]
 
-    def run(self, workload: Workload, point: Point, seed: int) -> float:
+    @property
+    def num_disturbed(self) -> int:
+        return self._program.num_disturbed
+
+    def run(self, workload: Workload, point: Point, repeat: int) -> float:
         """Seconds."""
 
         def work(attempt: int) -> float:
-            of_point = seed + SEEDS * (attempt + MAX_TRIES * point.num_new)
+            of_point = repeat + SEEDS * (attempt + MAX_TRIES * point.num_new)
             prompts = workload.prompts(point.requests, point.length, of_point)
             answer = json.loads(self._program.ask(json.dumps({"prompts": prompts, "num_new": point.num_new})))
             return float(answer["seconds"])
 
-        return self._program.undisturbed(work, tries=num_tries(workload))
+        return self._program.undisturbed(work, tries=num_tries(workload, repeat))
 
 
 def points(workload: Workload, precision: Precision) -> dict[str, Point]:
@@ -142,11 +146,11 @@ def measure(children: Sequence[Child], workload: Workload) -> dict[str, dict[str
     for repeat in range(-1, workload.repeats):
         for child in children:
             name = child.contestant.name
-            asked = points(workload, child.contestant.precision)
-            last = {name: child.run(workload, point, seed=repeat) for name, point in asked.items()}
-            if repeat >= 0:
-                for point, taken in last.items():
-                    seconds.setdefault(point, {}).setdefault(name, []).append(taken)
+            last = {}
+            for point, asked in points(workload, child.contestant.precision).items():
+                last[point] = child.run(workload, asked, repeat)
+                if repeat >= 0:
+                    seconds.setdefault(point, {}).setdefault(name, []).append(last[point])
             said = "  ".join(f"{point} {taken:.3f}" for point, taken in last.items())
             print(f"  {f'{repeat + 1}/{workload.repeats}' if repeat >= 0 else 'warm'}  {name:18} {said}", flush=True)
     return seconds
@@ -188,6 +192,7 @@ def run(folder: Folder, names: Sequence[str], workload: Workload, threads: int) 
                 "precision": child.contestant.precision,
                 "version": child.version,
                 "ready_s": child.ready_s,
+                "num_disturbed": child.num_disturbed,
             }
             for child in children
         },

@@ -33,9 +33,9 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 T = TypeVar("T")
 
 
-def num_tries(workload: Workload) -> int:
-    """A single round is only for show."""
-    return MAX_TRIES if workload.repeats > 1 else 1
+def num_tries(workload: Workload, repeat: int) -> int:
+    """Round -1 only warms up, and a single round is only for show."""
+    return MAX_TRIES if repeat >= 0 and workload.repeats > 1 else 1
 
 
 class PeerError(RuntimeError):
@@ -70,6 +70,7 @@ class Program:
         self, name: str, command: Sequence[str], environment: Mapping[str, str], *, is_asked: bool = False
     ) -> None:
         self.name = name
+        self.num_disturbed = 0  # turns whose result was taken although others ran
         self._log = tempfile.NamedTemporaryFile("w+", prefix="peer-", suffix=".log")  # noqa: SIM115  (end() closes it)
         self._process = subprocess.Popen(
             command,
@@ -107,10 +108,11 @@ class Program:
                 result = work(attempt)
                 strangers_s, seconds = self._strangers_s() - before, time.perf_counter() - start
             share = (strangers_s - 5 / TICKS_PER_S) / (seconds * NUM_CORES)
-            if share <= MAX_DISTURBANCE or attempt == tries - 1:
-                break
-            print(f"  {self.name}: again, as other programs took {share:.0%} of the cores", flush=True)
+            if share <= MAX_DISTURBANCE or tries == 1:
+                return result
+            print(f"  {self.name}: other programs took {share:.0%} of the cores", flush=True)
             wait_until_calm()
+        self.num_disturbed += 1
         return result
 
     def ask(self, line: str = "") -> str:

@@ -123,6 +123,8 @@ def test_a_turn_that_a_stranger_disturbs_is_taken_again(
 
     try:
         with process.Program("idle", ["sleep", "100"], {}) as program:
+            program.undisturbed(lambda attempt: time.sleep(0.3), tries=2)
+            assert program.num_disturbed == 1
             assert program.undisturbed(work, tries=4) == f"of attempt {attempts[-1]}"
     finally:
         stranger.kill()
