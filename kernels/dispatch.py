@@ -21,8 +21,18 @@ from shoal.kernels.torch_ops import activation, attention, experts, kv_write, li
 from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.linear import PackedLinear
+from shoal.kernels.torch_ops.quantized import QuantizedType, QuantizedWeight
 
-__all__ = ["Activation", "Operations", "PackedExperts", "PackedLinear", "operations", "reference"]
+__all__ = [
+    "Activation",
+    "Operations",
+    "PackedExperts",
+    "PackedLinear",
+    "QuantizedType",
+    "QuantizedWeight",
+    "operations",
+    "reference",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +70,9 @@ class Operations:
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     attention: Attention
     gated_activation: Callable[[Tensor, Activation], Tensor]
-    pack_linear: Callable[[Tensor], PackedLinear]
+    pack_linear: Callable[[Tensor | QuantizedWeight], PackedLinear]
     linear: Linear
+    rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
     pack_experts: Callable[[Tensor, Tensor], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -89,6 +100,7 @@ def reference() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        rows=linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
@@ -96,7 +108,9 @@ def reference() -> Operations:
 
 
 def _cpu() -> Operations:
-    from shoal.kernels.cpu_ops import activation, attention, experts, kv_write, library, linear, norm, rotary, sampling
+    from shoal.kernels.cpu_ops import (
+        activation, attention, experts, kv_write, library, linear, norm, quantized_linear, rotary, sampling,
+    )  # fmt: skip
 
     try:
         library.library()
@@ -113,6 +127,7 @@ def _cpu() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        rows=quantized_linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,

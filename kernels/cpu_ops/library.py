@@ -40,6 +40,9 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "shoal_attention": (*[_pointer] * 6, *[_int] * 5, *[_long] * 3, _int, _float, _float, _int, _int),
     "shoal_pack_panels": (*[_pointer] * 2, _long, _long, _int),
     "shoal_linear": (*[_pointer] * 4, *[_long] * 4, _int, _int),
+    "shoal_pack_quantized": (*[_pointer] * 2, _long, _long, _int, _int),
+    "shoal_quantized_linear": (*[_pointer] * 4, *[_long] * 4, *[_int] * 4),
+    "shoal_quantized_rows": (*[_pointer] * 3, _long, _long, *[_int] * 3),
     "shoal_sample": (*[_pointer] * 7, _long, _int, _long, _int),
 }
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.cpu_ops.library import library
+from shoal.kernels.cpu_ops.quantized_linear import pack_quantized, quantized_linear
 from shoal.kernels.torch_ops import linear as plain
 from shoal.kernels.torch_ops.linear import PackedLinear
+from shoal.kernels.torch_ops.quantized import QuantizedWeight
 
 # The number of rows that oneDNN lays the weight out for. Measured: 8 to 1024 give the same times at 1 to 1024 rows
 # within noise, 1 is slower.
@@ -22,7 +24,9 @@ _BATCH_HINT = 32
 _PANEL = 48  # outputs of a panel, as in linear.cpp
 
 
-def pack_linear(weight: Tensor) -> PackedLinear:
+def pack_linear(weight: Tensor | QuantizedWeight) -> PackedLinear:
+    if isinstance(weight, QuantizedWeight):
+        return pack_quantized(weight)
     packed = plain.pack_linear(weight)
     if weight.numel() == 0:
         return packed
@@ -38,6 +42,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
 def linear(
     x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
+    if packed.quantized is not None:
+        return quantized_linear(x, packed, packed.quantized, bias, out_dtype or x.dtype)
     if packed.layout == "panels":
         return _multiply_panels(x, packed, bias, out_dtype or x.dtype)
     if packed.layout == "onednn":
