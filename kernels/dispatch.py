@@ -109,7 +109,16 @@ def reference() -> Operations:
 
 def _cpu() -> Operations:
     from shoal.kernels.cpu_ops import (
-        activation, attention, experts, kv_write, library, linear, norm, quantized_linear, rotary, sampling,
+        activation,
+        attention,
+        experts,
+        kv_write,
+        library,
+        linear,
+        norm,
+        quantized_linear,
+        rotary,
+        sampling,
     )  # fmt: skip
 
     try:

@@ -68,6 +68,7 @@ class DecoderLoader:
             self._spec.names.embedding,
             vocab_size=self._config.vocab_size,
             hidden_size=self._config.hidden_size,
+            ops=self._ops,
             topology=self._topology,
             collectives=self._collectives,
         )

@@ -12,6 +12,6 @@ from shoal.kernels.torch_ops.linear import PackedLinear
 def linear(
     x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    if out_dtype in (None, x.dtype) or not x.is_cuda or bias is not None:
+    if out_dtype in (None, x.dtype) or not x.is_cuda or bias is not None or packed.quantized is not None:
         return plain.linear(x, packed, bias, out_dtype=out_dtype)
     return torch.mm(x, packed.weight.t(), out_dtype=out_dtype)
