@@ -8,19 +8,34 @@
 // its upper half. Weights are unsigned, the block's offset taken off once for all 32.
 #include <vector>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "vec.h"
 
 namespace shoal {
 namespace {
 
 constexpr int kBlock = 32;  // inputs
-constexpr int kVectors = 2;
-constexpr int kPanel = kVectors * kLanes;  // outputs
+constexpr int kPanel = 32;  // outputs
+
+// Vectors as wide as registers: compilers keep wider ones in memory, which costs integer products more than others.
 #if defined(__AVX512F__)
+constexpr int kWidth = 16;
 constexpr int kMaxRows = 6;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kMaxRows = 1;  // 8 of 16
 #else
-constexpr int kMaxRows = 2;
+constexpr int kWidth = 4;
+constexpr int kMaxRows = 1;
 #endif
+constexpr int kVectors = kPanel / kWidth;
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Sums __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Quads __attribute__((vector_size(4 * kWidth)));  // of bytes
+
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kSerialWeights = 1 << 15;
 
@@ -91,16 +106,41 @@ void quantize_inputs(InputBlock* out, const T* x, int64_t num_blocks, int offset
   }
 }
 
+// sum + a * b in every lane, of which a holds four unsigned bytes and b four signed ones.
+SHOAL_INLINE Sums multiply_add_bytes(Sums sum, Quads a, Quads b) {
+#if defined(__AVX512VNNI__)
+  return (Sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8), odd = _mm512_srai_epi16((__m512i)b, 8);
+  const __m512i low = _mm512_and_si512((__m512i)a, _mm512_set1_epi16(0xff)), high = _mm512_srli_epi16((__m512i)a, 8);
+  return sum + (Sums)_mm512_madd_epi16(low, even) + (Sums)_mm512_madd_epi16(high, odd);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8), odd = _mm256_srai_epi16((__m256i)b, 8);
+  const __m256i low = _mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16((__m256i)a, 8);
+  return sum + (Sums)_mm256_madd_epi16(low, even) + (Sums)_mm256_madd_epi16(high, odd);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (Sums)vusdotq_s32((int32x4_t)sum, (uint8x16_t)a, (int8x16_t)b);
+#else
+  for (int byte = 0; byte < 4; ++byte, a >>= 8, b >>= 8) sum += (Sums)(a & 0xffu) * ((Sums)(b << 24) >> 24);
+  return sum;
+#endif
+}
+
 template <class Format>
-SHOAL_INLINE Words lower_weights(Words words) {
+SHOAL_INLINE Quads lower_weights(Quads words) {
   return Format::kBits == 8 ? words : words & 0x0f0f0f0fu;
 }
-SHOAL_INLINE Words upper_weights(Words words) { return (words >> 4) & 0x0f0f0f0fu; }
+SHOAL_INLINE Quads upper_weights(Quads words) { return (words >> 4) & 0x0f0f0f0fu; }
 
-SHOAL_INLINE Words input_word(const InputBlock& block, int k) {
-  uint32_t word;
-  std::memcpy(&word, block.values + 4 * k, sizeof(word));
-  return splat_word(word);
+SHOAL_INLINE Quads input_quad(const InputBlock& block, int k) {
+  uint32_t quad;
+  std::memcpy(&quad, block.values + 4 * k, sizeof(quad));
+  return Quads{} + quad;
+}
+
+// 32 float16 numbers.
+SHOAL_INLINE void load_panel(Floats (&out)[kVectors], const Float16* from) {
+  for (int i = 0; i < kPanel; i += kLanes) store_raw((float*)out + i, to_float(from + i));
 }
 
 // x: kRows rows of num_blocks blocks; out: kRows rows, of which `columns` of 32 are stored from `column` on.
@@ -108,50 +148,56 @@ template <class Format, int kRows>
 void multiply_panel(const Output& out, int64_t row, int64_t column, int columns, const InputBlock* x,
                     const PanelBlock<Format>* panel, int64_t num_blocks) {
   constexpr int kWords = sizeof(panel->words) / sizeof(panel->words[0]);
-  Vec totals[kRows][kVectors] = {};
+  Floats totals[kRows][kVectors] = {};
   for (int64_t b = 0; b < num_blocks; ++b) {
     const PanelBlock<Format>& weights = panel[b];
-    Ints sums[kRows][kVectors];
+    Sums sums[kRows][kVectors];
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < kVectors; ++i) sums[r][i] = Ints{} + x[r * num_blocks + b].start;
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = Sums{} + x[r * num_blocks + b].start;
 #pragma GCC unroll 8
     for (int k = 0; k < kWords; ++k) {
-      Words words[kVectors];
-#pragma GCC unroll 2
-      for (int i = 0; i < kVectors; ++i) words[i] = load_raw<Words>(weights.words[k] + i * kLanes);
+      Quads words[kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) words[i] = load_raw<Quads>(weights.words[k] + i * kWidth);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const InputBlock& inputs = x[r * num_blocks + b];
-        const Words lower = input_word(inputs, k);
-#pragma GCC unroll 2
+        const Quads lower = input_quad(inputs, k);
+#pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i)
           sums[r][i] = multiply_add_bytes(sums[r][i], lower_weights<Format>(words[i]), lower);
         if (Format::kBits == 4) {
-          const Words upper = input_word(inputs, k + kWords);
-#pragma GCC unroll 2
+          const Quads upper = input_quad(inputs, k + kWords);
+#pragma GCC unroll 8
           for (int i = 0; i < kVectors; ++i)
             sums[r][i] = multiply_add_bytes(sums[r][i], upper_weights(words[i]), upper);
         }
       }
     }
-    for (int i = 0; i < kVectors; ++i) {
-      const Vec scales = to_float(weights.scales + i * kLanes);
-      const Vec minima = Format::kHasMinima ? to_float(weights.minima + i * kLanes) : Vec{};
-      for (int r = 0; r < kRows; ++r) {
-        const InputBlock& inputs = x[r * num_blocks + b];
-        totals[r][i] = totals[r][i] + __builtin_convertvector(sums[r][i], Vec) * (scales * inputs.scale);
-        if (Format::kHasMinima) totals[r][i] = totals[r][i] + minima * inputs.sum;
+    Floats scales[kVectors], minima[kVectors];
+    load_panel(scales, weights.scales);
+    if (Format::kHasMinima) load_panel(minima, weights.minima);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const InputBlock& inputs = x[r * num_blocks + b];
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        totals[r][i] = totals[r][i] + __builtin_convertvector(sums[r][i], Floats) * (scales[i] * inputs.scale);
+        if (Format::kHasMinima) totals[r][i] = totals[r][i] + minima[i] * inputs.sum;
       }
     }
   }
   with_dtype(out.dtype, [&](auto* type) {
     auto* first = (decltype(type))out.data + row * out.stride + column;
-    for (int i = 0; i * kLanes < columns; ++i) {
-      const int count = columns - i * kLanes < kLanes ? columns - i * kLanes : kLanes;
+    for (int i = 0; i < columns; i += kLanes) {
+      const int count = columns - i < kLanes ? columns - i : kLanes;
       Vec added = {};
       if (out.bias)
-        with_dtype(out.bias_dtype, [&](auto* t) { added = load((decltype(t))out.bias + column + i * kLanes, count); });
-      for (int r = 0; r < kRows; ++r) store(first + r * out.stride + i * kLanes, totals[r][i] + added, count);
+        with_dtype(out.bias_dtype, [&](auto* t) { added = load((decltype(t))out.bias + column + i, count); });
+      for (int r = 0; r < kRows; ++r)
+        store(first + r * out.stride + i, load_raw<Vec>((float*)totals[r] + i) + added, count);
     }
   });
 }
@@ -161,9 +207,9 @@ void multiply(const Output& out, const void* x, int x_dtype, int64_t x_stride, c
               int64_t rows, int64_t outputs, int64_t inputs, int threads) {
   using Multiply = decltype(&multiply_panel<Format, 1>);
   static constexpr Multiply kMultiply[] = {
-      nullptr, multiply_panel<Format, 1>, multiply_panel<Format, 2>,
+      nullptr, multiply_panel<Format, 1>,
 #if defined(__AVX512F__)
-      multiply_panel<Format, 3>, multiply_panel<Format, 4>, multiply_panel<Format, 5>, multiply_panel<Format, 6>,
+      multiply_panel<Format, 2>, multiply_panel<Format, 3>, multiply_panel<Format, 4>, multiply_panel<Format, 5>, multiply_panel<Format, 6>,
 #endif
   };
   const int64_t num_blocks = inputs / kBlock;

@@ -128,34 +128,6 @@ SHOAL_INLINE Vec multiply_add_pairs(Vec sum, Words a, Words b) {
 #endif
 }
 
-// sum + a * b in every lane, of which a holds four unsigned bytes and b four signed ones.
-SHOAL_INLINE Ints multiply_add_bytes(Ints sum, Words a, Words b) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  const __m512i low = _mm512_set1_epi16(0xff), even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8);
-  const __m512i evens = _mm512_madd_epi16(_mm512_and_si512((__m512i)a, low), even);
-  const __m512i odds = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)a, 8), _mm512_srai_epi16((__m512i)b, 8));
-  return sum + (Ints)evens + (Ints)odds;
-#elif defined(__AVX2__)
-  const __m256i low = _mm256_set1_epi16(0xff);
-  for (int half = 0; half < 2; ++half) {
-    const __m256i x = load_raw<__m256i>((const char*)&a + 32 * half), y = load_raw<__m256i>((const char*)&b + 32 * half);
-    const __m256i evens = _mm256_madd_epi16(_mm256_and_si256(x, low), _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
-    const __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
-    const __m256i before = load_raw<__m256i>((char*)&sum + 32 * half);
-    store_raw((char*)&sum + 32 * half, _mm256_add_epi32(before, _mm256_add_epi32(evens, odds)));
-  }
-  return sum;
-#else
-  for (int byte = 0; byte < 4; ++byte) {
-    sum += (Ints)(a & 0xffu) * ((Ints)(b << 24) >> 24);
-    a = a >> 8, b = b >> 8;
-  }
-  return sum;
-#endif
-}
-
 SHOAL_INLINE Vec select(Ints condition, Vec yes, Vec no) {
   return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition));
 }
