@@ -112,8 +112,8 @@ class EngineOptions:
 
     model: a directory with config.json and safetensors, or a .gguf file.
     dtype: "auto" (the checkpoint's own, bfloat16 where that is quantized), or any key of DTYPE_ALIASES.
-    quantization: "none" expands quantized weights to `dtype` when they are loaded; "gguf" keeps those of a GGUF file in 4
-        and 8 bits and rounds what they are multiplied with to 8 bits: less memory and more tokens per second on a CPU.
+    quantization: "none" expands quantized weights to `dtype` when they are loaded; "gguf" keeps those of a GGUF file in
+        4 and 8 bits and rounds what they are multiplied with to 8: less memory and more tokens per second on a CPU.
     device: "auto" (cuda if there is one), "cpu" or "cuda".
     max_model_len: prompt plus generated tokens of one request, at most.
     block_size: tokens per KV block.
@@ -186,9 +186,7 @@ class ModelConfig:
     num_parameters: int  # counted from the stored tensor shapes
     eos_token_ids: tuple[int, ...]
     hf_config: Mapping[str, Any] = field(repr=False)  # the family's own fields, by their config.json names
-    stored_types: Mapping[str, str] = field(
-        default_factory=dict, repr=False
-    )  # GGUF type of each tensor, for GGUF files
+    stored_types: Mapping[str, str] = field(default_factory=dict, repr=False)  # of a GGUF file: type of each tensor
 
     @property
     def is_quantized(self) -> bool:
