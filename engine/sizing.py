@@ -203,9 +203,8 @@ class ModelSizing:
         are read from any layout of it.
         """
         config = self._config
-        is_quantized = (
-            name in self._stored and kept_type(self._types(name), range(config.model.hidden_size)) is not None
-        )
+        types, columns = self._types(name), range(config.model.hidden_size)
+        is_quantized = bool(types) and kept_type(types, columns) is not None
         return config.device == "cpu" and config.dtype != "float16" and not is_quantized
 
     def _activation_bytes(self, topology: Topology) -> int:

@@ -124,15 +124,17 @@ def _read_rows(
 ) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """The named weights' rows, one below the other: [out, size_in], and their biases [out]."""
     size_out = sum(len(rows) for _, rows in parts)
-    quantized = reader.read_quantized([(f"{name}.weight", rows) for name, rows in parts])
-    weight = reader.empty(size_out, size_in) if quantized is None else None
+    weight: Tensor | QuantizedWeight | None
+    weight = reader.read_quantized([(f"{name}.weight", rows) for name, rows in parts])
+    if weight is None:
+        weight = reader.empty(size_out, size_in)
     bias = reader.empty(size_out) if has_bias else None
     start = 0
     for name, rows in parts:
         end = start + len(rows)
-        if weight is not None:
+        if isinstance(weight, Tensor):
             reader.read_into(weight[start:end], f"{name}.weight", rows=rows)
         if bias is not None:
             reader.read_into(bias[start:end], f"{name}.bias", rows=rows)
         start = end
-    return quantized or weight, bias
+    return weight, bias

@@ -70,7 +70,7 @@ def rows(
     ids: Tensor,  # [tokens] int64, each below out_features
     dtype: torch.dtype,
 ) -> Tensor:  # [tokens, in_features]
-    """Rows of a quantized weight, as an embedding table is read. Raises ValueError where the weight is not quantized."""
+    """Rows of a quantized weight, as an embedding table is read. Raises ValueError where it is not quantized."""
     if packed.quantized is None:
         raise ValueError("rows reads quantized weights")
     return dequantize(packed.weight[ids], packed.quantized).to(dtype)

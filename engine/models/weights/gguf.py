@@ -1,4 +1,4 @@
-"""Weights from a GGUF file under Hugging Face's names: memory-mapped, and dequantized tensor by tensor or not at all."""
+"""Weights from a GGUF file under Hugging Face's names: memory-mapped, dequantized tensor by tensor or not at all."""
 
 from __future__ import annotations
 
