@@ -78,8 +78,6 @@ _SHARES: Mapping[str, _Share] = {
     "expert_up": _Share(0, _features),
     "expert_down": _Share(1, _features),
 }
-# Parts that one product multiplies, and that may stay quantized.
-_PRODUCTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class _Piece(NamedTuple):
@@ -298,19 +296,22 @@ def _pieces(model: ModelConfig, spec: DecoderSpec, layer: int, stored: Mapping[s
     """The tensors of a layer; a layer of experts has few kinds of very many."""
     names = spec.names.of_layer(layer)
     parts = {name: part for part, name in asdict(names).items()}
+    products: list[tuple[str, ...]] = [(names.q, names.k, names.v), (names.o,), (names.gate, names.up), (names.down,)]
     mlp = spec.mlp[layer]
     if isinstance(mlp, MoESpec):
         for expert in range(mlp.num_experts):
-            parts |= dict(zip(names.of_expert(expert), ("expert_gate", "expert_up", "expert_down"), strict=True))
-    types = {  # of each part that may stay quantized: how its product's parts are stored
-        part: tuple(stored[f"{getattr(names, other)}.weight"] for other in product)
-        for product in _PRODUCTS
-        for part in product
-        if stored and all(f"{getattr(names, other)}.weight" in stored for other in product)
+            gate, up, down = names.of_expert(expert)
+            parts |= {gate: "expert_gate", up: "expert_up", down: "expert_down"}
+            products += [(gate, up), (down,)]
+    types = {  # of each matrix that may stay quantized: how those of its product are stored
+        name: tuple(stored[f"{other}.weight"] for other in product)
+        for product in products
+        for name in product
+        if all(f"{other}.weight" in stored for other in product)
     }
     pieces: Counter[_Piece] = Counter()
     for name, shape in layer_shapes(model, spec, layer).items():
         module, _, kind = name.rpartition(".")
-        part, is_bias = parts[module], kind == "bias"
-        pieces[_Piece(part, shape, is_bias, () if is_bias else types.get(part, ()))] += 1
+        is_bias = kind == "bias"
+        pieces[_Piece(parts[module], shape, is_bias, () if is_bias else types.get(module, ()))] += 1
     return pieces

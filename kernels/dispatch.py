@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -73,7 +73,7 @@ class Operations:
     pack_linear: Callable[[Tensor | QuantizedWeight], PackedLinear]
     linear: Linear
     rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
-    pack_experts: Callable[[Tensor, Tensor], PackedExperts]
+    pack_experts: Callable[[Tensor | Sequence[QuantizedWeight], Tensor | Sequence[QuantizedWeight]], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

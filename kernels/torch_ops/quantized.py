@@ -43,14 +43,14 @@ def dequantize(
     kind: QuantizedType,
 ) -> Tensor:  # [rows, in] float32
     """The numbers that blocks stand for, as the gguf package computes them."""
-    rows = len(blocks)
-    split = blocks.reshape(-1, BLOCK_BYTES[kind])  # [blocks, bytes]
-    scale = split[:, :2].contiguous().view(torch.float16).float()  # [blocks, 1]
+    num_blocks = blocks.shape[1] // BLOCK_BYTES[kind]
+    split = blocks.reshape(len(blocks), num_blocks, BLOCK_BYTES[kind])
+    scale = split[..., :2].contiguous().view(torch.float16).float()  # [rows, blocks, 1]
     if kind == "Q8_0":
-        return (scale * split[:, 2:].contiguous().view(torch.int8)).view(rows, -1)
-    halves = split[:, -16:]
-    weights = torch.cat((halves & 15, halves >> 4), dim=1).float()  # [blocks, 32]
+        return (scale * split[..., 2:].contiguous().view(torch.int8)).flatten(1)
+    halves = split[..., -16:]
+    weights = torch.cat((halves & 15, halves >> 4), dim=-1).float()  # [rows, blocks, 32]
     if kind == "Q4_0":
-        return (scale * (weights - 8)).view(rows, -1)
-    minimum = split[:, 2:4].contiguous().view(torch.float16).float()  # [blocks, 1]
-    return (scale * weights + minimum).view(rows, -1)
+        return (scale * (weights - 8)).flatten(1)
+    minimum = split[..., 2:4].contiguous().view(torch.float16).float()  # [rows, blocks, 1]
+    return (scale * weights + minimum).flatten(1)

@@ -95,7 +95,8 @@ class WeightLoader:
         """Say which matrices have stayed quantized; all others are in the model's dtype."""
         if self._quantized is not None:
             kept = ", ".join(f"{count} {kind}" for kind, count in sorted(self._kept.items())) or "none"
-            logger.info("matrices kept quantized: %s; the others are in %s", kept, self.dtype)
+            dtype = str(self.dtype).removeprefix("torch.")
+            logger.info("matrices kept quantized: %s; the others are in %s", kept, dtype)
 
     def _count(self, name: str) -> None:
         if name not in self._counted:

@@ -2,7 +2,7 @@
 
 Q8_0, Q4_0 and Q4_1 are kept as they are stored. What is stored in another quantized type, or read by one product with
 weights of another type (q, k and v; gate and up), is quantized again as Q8_0, whose steps are so fine that what was
-quantized before loses next to nothing. Norms, biases, routers and experts are dequantized.
+quantized before loses next to nothing. Norms, biases and routers are dequantized.
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ def test_rows_may_stand_apart(kind: QuantizedType) -> None:
 def test_panels_take_the_bytes_that_blocks_took_and_zeros_are_zeros(kind: QuantizedType, name: str) -> None:
     table: Operations = TABLES[name]("cpu")
     weight = random_weight(kind, 64, 96)
-    padded = QuantizedWeight(torch.cat((weight.blocks, torch.zeros(5, weight.blocks.shape[1], dtype=torch.uint8))), kind)
+    padded = QuantizedWeight(
+        torch.cat((weight.blocks, torch.zeros(5, weight.blocks.shape[1], dtype=torch.uint8))), kind
+    )
     assert table.pack_linear(weight).weight.nbytes == weight.nbytes == 64 * 3 * BLOCK_BYTES[kind]
     packed = table.pack_linear(padded)
     assert (packed.out_features, packed.in_features, packed.quantized) == (69, 96, kind)
