@@ -33,6 +33,7 @@ from shoal.cluster import hub
 from shoal.engine.config import (
     ConfigError,
     EngineOptions,
+    Quantization,
     SchedulingPolicy,
     SpeculativeMethod,
     SpeculativeOptions,
@@ -92,6 +93,9 @@ class EngineSettings(Settings):
     """
 
     dtype: str = Field(default="auto", description="auto, bfloat16, float16 or float32")
+    quantization: Quantization = Field(
+        default="none", description="gguf keeps the weights of a GGUF file in 4 and 8 bits; none expands them to dtype"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="prompt plus generated tokens of one request")
     block_size: int | None = Field(default=None, ge=1, description="tokens per KV block")
@@ -343,6 +347,7 @@ class ModelSettings(Settings):
         return EngineOptions(
             model=path,
             dtype=engine.dtype,
+            quantization=engine.quantization,
             device=engine.device,
             max_model_len=engine.max_model_len,
             block_size=engine.block_size,

@@ -21,7 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from shoal.kernels.dispatch import Operations, operations, reference
+from shoal.kernels.dispatch import Operations, QuantizedType, QuantizedWeight, operations, reference
+from shoal.kernels.torch_ops.quantized import BLOCK_BYTES
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE: Literal["cpu", "cuda"] = "cuda" if IS_INTERPRETED else "cpu"
@@ -258,6 +259,26 @@ def gated_linear(draw: Draw, dtype: torch.dtype) -> Run:
     return run
 
 
+def rows(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, out, num_blocks, generator = (
+        tokens_of(draw),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 4)),
+        generator_of(draw),
+    )
+    kind: QuantizedType = draw(st.sampled_from(list(BLOCK_BYTES)))
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        blocks = torch.randint(256, (out, num_blocks, BLOCK_BYTES[kind]), dtype=torch.uint8, generator=g)
+        blocks[:, :, 1:4:2] &= 0b10111011  # scales and minima below 2
+        packed = ops.pack_linear(QuantizedWeight(blocks.flatten(1), kind))
+        assert (packed.out_features, packed.in_features, packed.quantized) == (out, 32 * num_blocks, kind)
+        return (ops.rows(packed, torch.randint(out, (tokens,), generator=g), dtype),)
+
+    return run
+
+
 def experts(draw: Draw, dtype: torch.dtype) -> Run:
     tokens, (hidden, inter), generator = tokens_of(draw), draw(st.tuples(*[st.integers(1, 70)] * 2)), generator_of(draw)
     num_experts = draw(st.integers(1, 9))
@@ -315,6 +336,7 @@ CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
     "pack_linear": linear,
     "linear": linear,
     "gated_linear": gated_linear,
+    "rows": rows,
     "pack_experts": experts,
     "experts": experts,
     "sample": sample,

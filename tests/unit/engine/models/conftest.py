@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from shoal.engine.config import EngineConfig, EngineOptions, Machine, resolve
+from shoal.engine.config import EngineConfig, EngineOptions, Machine, Quantization, resolve
 from shoal.engine.layers.attention import AttentionBatch
 from shoal.engine.models.registry import Model, load_model, read_model_config
 from shoal.engine.parallel.collectives import SingleRank
@@ -89,13 +89,14 @@ def _save_checkpoint(directory: Path, config_class: str, fields: dict[str, Any],
     return model
 
 
-def _open_config(path: Path, dtype: str = "float32") -> EngineConfig:
+def _open_config(path: Path, dtype: str = "float32", quantization: Quantization = "none") -> EngineConfig:
     machine = Machine(device="cpu", free_bytes=2**30, num_cores=1)
-    return resolve(EngineOptions(str(path), dtype=dtype), read_model_config(str(path)), machine)
+    options = EngineOptions(str(path), dtype=dtype, quantization=quantization)
+    return resolve(options, read_model_config(str(path)), machine)
 
 
-def _open_model(path: Path, dtype: str = "float32") -> tuple[EngineConfig, Model]:
-    config = _open_config(path, dtype)
+def _open_model(path: Path, dtype: str = "float32", quantization: Quantization = "none") -> tuple[EngineConfig, Model]:
+    config = _open_config(path, dtype, quantization)
     return config, load_model(config, reference(), SINGLE, SingleRank())
 
 
@@ -112,13 +113,15 @@ def save_checkpoint() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def open_config() -> Callable[..., EngineConfig]:
-    """open_config(path, dtype="float32") -> EngineConfig."""
+    """open_config(path, dtype="float32", quantization="none") -> EngineConfig."""
     return _open_config
 
 
 @pytest.fixture(scope="session")
 def open_model() -> Callable[..., tuple[EngineConfig, Model]]:
-    """open_model(path, dtype="float32") -> (EngineConfig, Model) on one rank, with the torch twins."""
+    """open_model(path, dtype="float32", quantization="none") -> (EngineConfig, Model) on one rank, with the torch
+    twins.
+    """
     return _open_model
 
 
