@@ -18,9 +18,11 @@ from shoal.engine.parallel.topology import Topology
 from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
+from shoal.engine.runner.cuda_graphs import Capture, DecodeGraphs
 from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.sampler import Sampler, Samples
+from shoal.engine.sampling.transfer import to_device
 from shoal.kernels.dispatch import Operations
 
 
@@ -54,7 +56,9 @@ class ModelRunner:
         collectives: Collectives,
         links: StageLinks,
         drafter: Drafter | None = None,
+        capture: Capture | None = None,
     ) -> None:
+        """With `capture`, of a rank that is alone, steps that only decode run as graphs."""
         self._model = model
         self._kv = kv
         self._ops = ops
@@ -65,8 +69,14 @@ class ModelRunner:
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
         # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
-        # there were drafts.
-        self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
+        # there were drafts. The last place belongs to no row.
+        self._sampled = torch.zeros(config.max_running_requests + 1, dtype=torch.int64, device=self._device)
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None and model.is_capturable:
+            self._graphs = DecodeGraphs(
+                model, kv, ops, self._sampled, most=config.max_running_requests,
+                max_blocks=-(-max_model_len // config.block_size), capture=capture,
+            )  # fmt: skip
         self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
         self._max_steps_in_flight = config.max_steps_in_flight
         self._awaited: deque[tuple[int, Ints]] = deque()  # steps whose tokens come from the last stage, and their rows
@@ -93,8 +103,9 @@ class ModelRunner:
         batch = self._rows.gather(plan)
         # What is no longer in flight has left the last stage, so this never waits; it must be taken, wanted or not.
         self._receive_tokens(plan.step - self._max_steps_in_flight)
-        hidden = self._forward(batch)
-        samples = self._sample(batch, hidden) if is_last and len(batch.sampled) else None
+        graphs = self._graphs if self._graphs is not None and self._graphs.can_run(batch) else None
+        hidden = self._forward(batch) if graphs is None else graphs.forward(batch)
+        samples = self._sample(batch, hidden, graphs) if is_last and len(batch.sampled) else None
         if self._feeds_tokens and self._topology.is_first_stage and len(batch.sampled):
             self._awaited.append((plan.step, batch.rows[batch.sampled]))
         draft_ids = self._draft(plan, batch, samples) if self._drafter is not None and samples is not None else {}
@@ -129,10 +140,14 @@ class ModelRunner:
             _, rows = self._awaited.popleft()
             self._sampled[self._tensor(rows)] = self._links.receive_tokens(len(rows))
 
-    def _sample(self, batch: StepBatch, hidden: Tensor) -> Samples:
+    def _sample(self, batch: StepBatch, hidden: Tensor, graphs: DecodeGraphs | None) -> Samples:
+        """`graphs` have computed the hidden states, if they are given."""
+        settings = self._rows.sample_batch(batch)
+        if graphs is not None and len(batch.sampled) == len(batch.rows) and self._sampler.is_plain(settings):
+            return Samples(settings, graphs.draw(settings), [], None)
         last = hidden[self._tensor(batch.sampled_tokens)]  # [samples, hidden]
         logits = self._model.logits(last)  # [samples, columns of this rank]
-        samples = self._sampler.sample(logits, self._rows.sample_batch(batch))
+        samples = self._sampler.sample(logits, settings)
         self._sampled[self._tensor(batch.rows[batch.sampled])] = samples.tokens
         if self._feeds_tokens:
             self._links.send_tokens(samples.tokens)
@@ -149,7 +164,7 @@ class ModelRunner:
         return self._drafter.draft(self._rows, wanted, sampled)
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     def _forget(self, request_ids: tuple[RequestId, ...]) -> None:
         for request_id in request_ids:
@@ -157,5 +172,5 @@ class ModelRunner:
             self._sampler.forget(request_id)
 
     def _copy_blocks(self, plan: StepPlan) -> None:
-        pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self._device)  # [copies, 2]
+        pairs = self._tensor(np.array(plan.copies, np.int64))  # [copies, 2]
         self._ops.copy_blocks(self._kv.pool, pairs[:, 0].contiguous(), pairs[:, 1].contiguous())

@@ -328,5 +328,5 @@ def _device(device: torch.device) -> _Device:
     """Interpreted programs run one after another, and are let use what an H100 has."""
     if device.type != "cuda":
         return _Device(1, 227 * 1024)
-    properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return _Device(properties["multiprocessor_count"], properties["max_shared_mem"])
