@@ -264,9 +264,10 @@ def lines(result: Result) -> Iterator[Line]:
         yield Line(f"{name}, {many['requests']} requests", f"{many['tokens_per_s']:.0f} tokens/s")
         yield at_least(f"{name}, {many['requests']} requests: share of the limit", many["share"], 0.60)
         for each in (one, many):
-            idle = each["idle_share"]
-            if idle is not None:
-                what = f"{name}, {each['requests']} at once: GPU idle"
+            what, idle = f"{name}, {each['requests']} at once: GPU idle", each["idle_share"]
+            if idle is None:
+                yield Line(what, "not traced")
+            else:
                 yield Line(what, f"{idle:.1%}", "at most 2.0%", idle <= 0.02)
     yield Line("all of it", f"{result['seconds']:.0f} s", "below 480 s", result["seconds"] < 480)
 

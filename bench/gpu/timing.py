@@ -32,8 +32,9 @@ def device_seconds(run: Callable[[int], object], calls: int = 8) -> float:
         run(0)
         return time.perf_counter() - start
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        run(0)
+        run(0)  # kernels are compiled
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -318,6 +318,17 @@ if IS_INTERPRETED:
         result = result[:4]
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_drawing_from_several_blocks_equals_the_twin(data: st.DataObject) -> None:
+        from shoal.kernels.triton_ops import sampling as kernel
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "_BLOCK", 8)
+            run = sample(data.draw, torch.float32)
+            (result,), (expected,) = run(operations("cuda")), run(reference())
+        assert torch.equal(result, expected)
+
     @pytest.mark.parametrize("tokens", [1, 40, 120])
     def test_experts_with_no_one_and_several_tiles_equal_the_twin(tokens: int) -> None:
         g = torch.Generator().manual_seed(0)
