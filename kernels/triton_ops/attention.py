@@ -26,7 +26,9 @@ _FEW_ROWS = 64  # queries x grouped heads of a request with few queries, at most
 _MANY_ROWS = 128  # of a tile of a request with more
 _PART_KEYS = 256  # the least part of a context that is worth its merge
 _MAX_SPLITS = 64
-_PROGRAMS_PER_PROCESSOR = 4  # enough to even out contexts of unequal length
+# Programs for each processor, where splits can bring so many. Of the first kind three run at once, and contexts of
+# unequal length even out over more; one of the second fills a processor, and its parts are costly to merge.
+_FEW_PROGRAMS, _MANY_PROGRAMS = 8, 2
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -276,7 +278,7 @@ def _launch(
     num_tiles = requests if has_few else tokens // (shape.rows // group) + requests
     # Context lengths stay on the device; the width of the tables bounds them.
     longest = max_blocks * block_size if window is None else min(max_blocks * block_size, window + max_query_len)
-    splits = _num_splits(num_tiles * kv_heads, longest, device.num_processors)
+    splits = _num_splits(has_few, num_tiles * kv_heads, longest, device)
     parts, lse = out, out  # if there is one part, lse is not written
     if splits > 1:
         part_rows = (splits, num_tiles, kv_heads, shape.rows)
@@ -317,9 +319,9 @@ def _shape(has_few: bool, rows: int, head_dim: int, element_bytes: int, device: 
     return _Shape(rows, keys, 8 if rows >= 128 else 4, num_stages)
 
 
-def _num_splits(programs: int, longest: int, processors: int) -> int:
-    """Parts of the context of each tile."""
-    wanted = _PROGRAMS_PER_PROCESSOR * processors // programs
+def _num_splits(has_few: bool, programs: int, longest: int, device: _Device) -> int:
+    """Parts of the context of each tile, where there are `programs` without."""
+    wanted = device.num_processors * (_FEW_PROGRAMS if has_few else _MANY_PROGRAMS) // programs
     return max(1, min(wanted, longest // _PART_KEYS, _MAX_SPLITS))
 
 
