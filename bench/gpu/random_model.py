@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.runner.cuda_graphs import Capture
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.runner.model_runner import ModelRunner, PendingStep
-from shoal.kernels.dispatch import Operations
+from shoal.kernels.dispatch import Operations, QuantizedWeight
 
 _COMMON: dict[str, Any] = {"rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 32768}
 
@@ -83,12 +84,17 @@ class RandomWeights:
     """A WeightReader: the same numbers for the same name and device, whoever asks."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, spread: float) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._spread = spread
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self._device)
+
+    def read_quantized(
+        self, parts: Sequence[tuple[str, range]], columns: range | None = None
+    ) -> QuantizedWeight | None:
+        return None
 
     def read_into(self, out: Tensor, name: str, rows: range | None = None, columns: range | None = None) -> None:
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{name} {rows} {columns}".encode()))
