@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "ray", "shoal")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+TICKS = os.sysconf("SC_CLK_TCK")  # a second
 TRIALS = 12  # the best one counts: a limit is what the machine can do when nobody disturbs it
 
 
@@ -89,6 +91,18 @@ def bfloat16_flops() -> float:
     size = 2048
     a, b = torch.randn(2, size, size).bfloat16()  # [size, size] each
     return 2 * size**3 / _best_seconds(lambda: a @ b)
+
+
+def processor_seconds(title: str) -> float:
+    """User and system time of all processes of this name, or that Ray has given this title."""
+    found: list[int] = []  # ticks
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            if name == title or title in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]:
+                found += [int(ticks) for ticks in rest.split()[11:13]]
+    assert found, f"no process is called {title}"
+    return sum(found) / TICKS
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
