@@ -45,12 +45,21 @@ QUICK = Workload(num_prompt=16, num_new=4, request_counts=(1, 4), num_prefill=64
 
 def options(description: str | None) -> argparse.Namespace:
     """Command line of every benchmark: `workload`, `threads` and `results`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that the script works")
-    parser.add_argument("--repeats", type=int, help=f"runs to take medians of (default: {Workload().repeats})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)")
-    given = parser.parse_args()
+    return parse(parser(description))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark that adds arguments of its own; `parse` takes it then."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a tiny run that only shows that the script works")
+    made.add_argument("--repeats", type=int, help=f"runs to take medians of (default: {Workload().repeats})")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)")
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    given = made.parse_args()
     chosen = QUICK if given.quick else Workload()
     given.workload = Workload(
         chosen.num_prompt, chosen.num_new, chosen.request_counts, chosen.num_prefill, given.repeats or chosen.repeats

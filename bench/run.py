@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,13 @@ def conditions(offline: Result) -> str:
     )
 
 
+def print_lines(printed: Iterable[Line]) -> None:
+    print(f"{'':48}{'measured':>26}  {'goal':16}")
+    for what, value, goal, is_met in printed:
+        verdict = "" if is_met is None else "met" if is_met else "MISSED"
+        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+
+
 def at_least(what: str, value: float, goal: float | None, unit: str, *, digits: int = 2) -> Line:
     shown = f"{value:.{digits}f} {unit}"
     return Line(what, shown) if goal is None else Line(what, shown, f"at least {goal:g} {unit}", value >= goal)
@@ -115,10 +122,7 @@ def main() -> None:
     machine.write_result(results, "scheduler", scheduling)
     offline, serving, gateway, front = (json.loads((results / f"{name}.json").read_text()) for name in scripts)
     print(f"\n{conditions(offline)}\n")
-    print(f"{'':48}{'measured':>26}  {'goal':16}")
-    for what, value, goal, is_met in lines(offline, serving, gateway, front, scheduling):
-        verdict = "" if is_met is None else "met" if is_met else "MISSED"
-        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+    print_lines(lines(offline, serving, gateway, front, scheduling))
 
 
 if __name__ == "__main__":

@@ -68,29 +68,28 @@ class ServerError(RuntimeError):
 def server(threads: int) -> Iterator[Served]:
     """`shoal serve` of the embedded model as a process of its own."""
     port = free_port()
-    arguments = [
-        "--port",
-        str(port),
-        "--admin-port",
-        str(free_port()),
-        "--dtype",
-        "bfloat16",
-        "--num-threads",
-        str(threads),
-        "--kv-memory",
-        str(KV_BYTES),
-    ]
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shoal.cluster.cli", "serve", *arguments], stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command(port, threads), stdout=log, stderr=subprocess.STDOUT)
         try:
             output = wait_until_ready(port, process, log.fileno())
             yield Served(port, time.perf_counter() - start, output)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
+
+
+def command(port: int, threads: int) -> list[str]:
+    """`shoal serve` with the embedded model in bfloat16."""
+    settings = {
+        "--port": port,
+        "--admin-port": free_port(),
+        "--dtype": "bfloat16",
+        "--num-threads": threads,
+        "--kv-memory": KV_BYTES,
+    }
+    arguments = [str(word) for pair in settings.items() for word in pair]
+    return [sys.executable, "-m", "shoal.cluster.cli", "serve", *arguments]
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> str:
