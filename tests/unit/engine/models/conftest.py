@@ -104,7 +104,7 @@ def _open_model(path: Path, dtype: str = "float32", quantization: Quantization =
 
 
 def _save_gguf(path: Path, types: Sequence[str]) -> None:
-    """A random Llama. `types` are of q and k, v, o, gate, up, down, the table and, unless that is the head, the head."""
+    """A random Llama. `types` are of q and k, v, o, gate, up, down, the table and the head, if that is another one."""
     hidden, inner, heads, kv_heads, layers, vocab = 128, 192, 4, 2, 2, 199
     qk, v, o, gate, up, down, table, *head = (Kind[name] for name in types)
     generator = np.random.default_rng(0)
