@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint type bench soak clean
+.PHONY: help setup serve test lint type bench peers soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,12 +52,16 @@ lint: setup ## check style and formatting
 
 type: setup ## check types
 	@$(BIN)/mypy
-	@MYPYPATH=src:bench $(BIN)/mypy bench
+	@MYPYPATH=src:bench $(BIN)/mypy bench --exclude bench/gpu/
+	@$(BIN)/mypy bench/gpu
 	@MYPYPATH=src:deploy $(BIN)/mypy deploy helm/make_schema.py
 	@$(BIN)/mypy examples tests/test_*.py
 
 bench: setup ## measure against transformers and over HTTP; results in bench/results/
 	@$(BIN)/python bench/run.py $(ARGS)
+
+peers: setup ## install other serving systems, apart from Shoal, and measure beside them
+	@$(BIN)/python bench/peers.py all $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

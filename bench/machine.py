@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "ray", "shoal")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+TICKS = os.sysconf("SC_CLK_TCK")  # a second
 TRIALS = 12  # the best one counts: a limit is what the machine can do when nobody disturbs it
 
 
@@ -43,12 +45,21 @@ QUICK = Workload(num_prompt=16, num_new=4, request_counts=(1, 4), num_prefill=64
 
 def options(description: str | None) -> argparse.Namespace:
     """Command line of every benchmark: `workload`, `threads` and `results`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that the script works")
-    parser.add_argument("--repeats", type=int, help=f"runs to take medians of (default: {Workload().repeats})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)")
-    given = parser.parse_args()
+    return parse(parser(description))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark that adds arguments of its own; `parse` takes it then."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a tiny run that only shows that the script works")
+    made.add_argument("--repeats", type=int, help=f"runs to take medians of (default: {Workload().repeats})")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)")
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    given = made.parse_args()
     chosen = QUICK if given.quick else Workload()
     given.workload = Workload(
         chosen.num_prompt, chosen.num_new, chosen.request_counts, chosen.num_prefill, given.repeats or chosen.repeats
@@ -89,6 +100,18 @@ def bfloat16_flops() -> float:
     size = 2048
     a, b = torch.randn(2, size, size).bfloat16()  # [size, size] each
     return 2 * size**3 / _best_seconds(lambda: a @ b)
+
+
+def processor_seconds(title: str) -> float:
+    """User and system time of all processes of this name, or that Ray has given this title."""
+    found: list[int] = []  # ticks
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            if name == title or title in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]:
+                found += [int(ticks) for ticks in rest.split()[11:13]]
+    assert found, f"no process is called {title}"
+    return sum(found) / TICKS
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ def run_scheduler() -> dict[str, Any]:
     }
 
 
-def lines(offline: Result, serving: Result, scheduling: Result) -> Iterator[Line]:
+def lines(offline: Result, serving: Result, gateway: Result, front: Result, scheduling: Result) -> Iterator[Line]:
     goals = {"requests_1": 1.5, "requests_32": 2.5}
     for name in (name for name in offline if name.startswith("requests_")):
         count = name.removeprefix("requests_")
@@ -69,9 +69,26 @@ def lines(offline: Result, serving: Result, scheduling: Result) -> Iterator[Line
         yield at_least(f"http, {count} clients: ratio to offline", measured["ratio"], goal, "x")
         times = [measured[key] * 1e3 for key in ("ttft_p50_s", "ttft_p99_s", "time_per_token_p50_s")]
         yield Line(f"http, {count} clients: ttft p50, p99; per token", "{:.0f}, {:.0f}; {:.1f} ms".format(*times))
-    yield Line("http: ready after", f"{serving['ready_s']:.1f} s")
+    yield from front_lines(gateway, front)
     step_us = scheduling["step_us"]
     yield Line(f"scheduler, {NUM_RUNNING} running", f"{step_us:.0f} µs a step", "at most 300 µs", step_us <= 300)
+
+
+def front_lines(gateway: Result, front: Result) -> Iterator[Line]:
+    for name in (name for name in front if name.startswith("clients_")):
+        count, measured = name.removeprefix("clients_"), front[name]
+        yield at_least(f"front, {count} clients: ratio to offline", measured["ratio"], 0.9, "x")
+        times = [measured[f"{process}_us_per_token"] for process in ("gateway", "haproxy")]
+        yield Line(f"front, {count} clients: gateway, haproxy", "{:.0f}, {:.0f} µs a token".format(*times))
+    added_ms = 1000 * front["first_token"]["added_s"]
+    yield Line("front: added to the first token", f"{added_ms:.1f} ms", "at most 10 ms", added_ms <= 10)
+    ready_s = front["start_s"]["ready"]
+    yield Line("front: ready after", f"{ready_s:.1f} s", "at most 15 s", ready_s <= 15)
+    for way in ("shoal", "shoal_paced", "ray_serve", "ray_serve_one_process"):
+        for streams, measured in gateway[way].items():
+            what = f"gateway, {streams.removeprefix('streams_')} streams: {way.replace('_', ' ')}"
+            goal = 20_000 if way == "shoal" else None
+            yield at_least(what, measured["tokens_per_cpu_s"], goal, "tokens/s a core", digits=0)
 
 
 def conditions(offline: Result) -> str:
@@ -83,25 +100,29 @@ def conditions(offline: Result) -> str:
     )
 
 
-def at_least(what: str, value: float, goal: float | None, unit: str) -> Line:
-    if goal is None:
-        return Line(what, f"{value:.2f} {unit}")
-    return Line(what, f"{value:.2f} {unit}", f"at least {goal:g} {unit}", value >= goal)
+def print_lines(printed: Iterable[Line]) -> None:
+    print(f"{'':48}{'measured':>26}  {'goal':16}")
+    for what, value, goal, is_met in printed:
+        verdict = "" if is_met is None else "met" if is_met else "MISSED"
+        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+
+
+def at_least(what: str, value: float, goal: float | None, unit: str, *, digits: int = 2) -> Line:
+    shown = f"{value:.{digits}f} {unit}"
+    return Line(what, shown) if goal is None else Line(what, shown, f"at least {goal:g} {unit}", value >= goal)
 
 
 def main() -> None:
     results: Path = machine.options(__doc__).results
-    for script in ("offline.py", "serving.py"):
-        print(f"\n{script}", flush=True)
-        subprocess.run([sys.executable, str(HERE / script), *sys.argv[1:]], check=True)
+    scripts = ("offline", "serving", "gateway", "front")
+    for script in scripts:
+        print(f"\n{script}.py", flush=True)
+        subprocess.run([sys.executable, str(HERE / f"{script}.py"), *sys.argv[1:]], check=True)
     scheduling = run_scheduler()
     machine.write_result(results, "scheduler", scheduling)
-    offline, serving = (json.loads((results / f"{name}.json").read_text()) for name in ("offline", "serving"))
+    offline, serving, gateway, front = (json.loads((results / f"{name}.json").read_text()) for name in scripts)
     print(f"\n{conditions(offline)}\n")
-    print(f"{'':48}{'measured':>26}  {'goal':16}")
-    for what, value, goal, is_met in lines(offline, serving, scheduling):
-        verdict = "" if is_met is None else "met" if is_met else "MISSED"
-        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+    print_lines(lines(offline, serving, gateway, front, scheduling))
 
 
 if __name__ == "__main__":

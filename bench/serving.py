@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import machine
+import uvloop
 from machine import Workload
 
 from shoal.cluster.config import EMBEDDED_MODEL, locate_model
@@ -32,14 +33,31 @@ HOST = "127.0.0.1"
 KV_BYTES = 2**30
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 40.0
+STREAM_TIMEOUT_S = 120.0
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
     """One stream, as its client saw it. Seconds from sending the request."""
 
-    first_s: float  # first text
-    last_s: float  # last text
-    num_tokens: int
+    first_s: float  # first event
+    last_s: float  # end of the answer
+    events: list[bytes]  # JSON
+
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        """Of the last event."""
+        usage: Mapping[str, Any] = json.loads(self.events[-1])["usage"]
+        return usage
+
+
+class Served(NamedTuple):
+    """A server that is up."""
+
+    port: int
+    ready_s: float  # from the command to "ready"
+    output: str  # what it had printed by then
 
 
 class ServerError(RuntimeError):
@@ -47,41 +65,42 @@ class ServerError(RuntimeError):
 
 
 @contextlib.contextmanager
-def server(threads: int) -> Iterator[tuple[int, float]]:
-    """`shoal serve` as a process of its own: its port, and the seconds from the command to "ready"."""
+def server(threads: int) -> Iterator[Served]:
+    """`shoal serve` of the embedded model as a process of its own."""
     port = free_port()
-    arguments = [
-        "--port",
-        str(port),
-        "--admin-port",
-        str(free_port()),
-        "--dtype",
-        "bfloat16",
-        "--num-threads",
-        str(threads),
-        "--kv-memory",
-        str(KV_BYTES),
-    ]
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shoal.cluster.cli", "serve", *arguments], stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command(port, threads), stdout=log, stderr=subprocess.STDOUT)
         try:
-            wait_until_ready(port, process, log.fileno())
-            yield port, time.perf_counter() - start
+            output = wait_until_ready(port, process, log.fileno())
+            yield Served(port, time.perf_counter() - start, output)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
 
 
-def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> None:
+def command(port: int, threads: int) -> list[str]:
+    """`shoal serve` with the embedded model in bfloat16."""
+    settings = {
+        "--port": port,
+        "--admin-port": free_port(),
+        "--dtype": "bfloat16",
+        "--num-threads": threads,
+        "--kv-memory": KV_BYTES,
+    }
+    arguments = [str(word) for pair in settings.items() for word in pair]
+    return [sys.executable, "-m", "shoal.cluster.cli", "serve", *arguments]
+
+
+def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: int) -> str:
+    """What the server has printed once it is ready. `log`: descriptor of the file that it writes to."""
     deadline = time.monotonic() + START_TIMEOUT_S
     path = Path(f"/proc/self/fd/{log}")
-    while "ready after" not in path.read_text():
+    while "ready after" not in (output := path.read_text()):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise ServerError(f"`shoal serve` on port {port} did not come up:\n{path.read_text()}")
-        time.sleep(0.1)
+            raise ServerError(f"`shoal serve` on port {port} did not come up:\n{output}")
+        time.sleep(0.05)
+    return output
 
 
 def free_port() -> int:
@@ -91,9 +110,18 @@ def free_port() -> int:
         return port
 
 
-async def complete(port: int, prompt: Sequence[int], num_new: int) -> Answer:
-    """One streamed completion. Raises ServerError for any other answer."""
-    body = json.dumps(
+def request_bytes(port: int, path: str, body: Mapping[str, Any]) -> bytes:
+    """A POST whose connection ends with the answer."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
+
+
+def completion_request(port: int, prompt: Sequence[int], num_new: int) -> bytes:
+    """A streamed greedy completion of full length."""
+    return request_bytes(
+        port,
+        "/v1/completions",
         {
             "model": EMBEDDED_MODEL,
             "prompt": prompt,
@@ -102,44 +130,86 @@ async def complete(port: int, prompt: Sequence[int], num_new: int) -> Answer:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
+        },
+    )
+
+
+class Client(asyncio.Protocol):
+    """One request on a connection of its own. It only keeps what comes, and when: it shares the cores with what it
+    measures.
+    """
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._pieces: list[bytes] = []
+        self._start = self._last = 0.0
+        self._first: float | None = None  # piece that holds an event
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.WriteTransport, transport).write(self._request)
+        self._start = time.perf_counter()
+
+    def data_received(self, data: bytes) -> None:
+        self._last = time.perf_counter()
+        if self._first is None and b"data: " in data:
+            self._first = self._last
+        self._pieces.append(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.ended.set_exception(error) if error is not None else self.ended.set_result(None)
+
+    def answer(self) -> Answer:
+        """Raises ServerError for anything but a whole stream."""
+        head, _, body = b"".join(self._pieces).partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200") or b"transfer-encoding: chunked" not in head.lower():
+            raise ServerError((head + body[:2000]).decode(errors="replace"))
+        *events, done = [line[6:] for line in dechunked(body).split(b"\n") if line.startswith(b"data: ")]
+        if done != b"[DONE]" or self._first is None:
+            raise ServerError(f"a stream was cut off: {body[-500:]!r}")
+        return Answer(self._first - self._start, self._last - self._start, events)
+
+
+def dechunked(body: bytes) -> bytes:
+    """The content of a body in HTTP/1.1's chunked transfer coding."""
+    parts, at = [], 0
+    while size := int(body[at : (end := body.index(b"\r\n", at))], 16):
+        parts.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+    return b"".join(parts)
+
+
+async def stream(port: int, requests: Sequence[bytes]) -> tuple[float, list[Answer]]:
+    """All requests at once, a connection each: seconds until the last answer's end, and the answers."""
+    loop = asyncio.get_running_loop()
     start = time.perf_counter()
-    reader, writer = await asyncio.open_connection(HOST, port)
-    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-    times, num_tokens = [], 0
-    async for event in _events(reader):
-        if event["choices"]:
-            times.append(time.perf_counter() - start)
-        if event.get("usage"):
-            num_tokens = event["usage"]["completion_tokens"]
-    writer.close()
-    return Answer(times[0], times[-1], num_tokens)
-
-
-async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """Server-sent events of a chunked HTTP/1.1 answer."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    if not head.startswith("HTTP/1.1 200") or "transfer-encoding: chunked" not in head.lower():
-        raise ServerError(head + (await reader.read(2000)).decode(errors="replace"))
-    pending = b""
-    while size := int(await reader.readline(), 16):
-        pending += (await reader.readexactly(size + 2))[:-2]
-        *lines, pending = pending.split(b"\n")
-        for line in lines:
-            if line.startswith(b"data: ") and line != b"data: [DONE]":
-                yield json.loads(line.removeprefix(b"data: "))
-
-
-async def wave(port: int, prompts: Sequence[list[int]], num_new: int) -> tuple[float, list[Answer]]:
-    """All prompts at once, a connection each: seconds until the last answer's end, and the answers."""
-    start = time.perf_counter()
-    answers = await asyncio.gather(*(complete(port, prompt, num_new) for prompt in prompts))
+    connections = [loop.create_connection(lambda request=request: Client(request), HOST, port) for request in requests]  # type: ignore[misc]  # fmt: skip
+    clients = [client for _, client in await asyncio.gather(*connections)]
+    async with asyncio.timeout(STREAM_TIMEOUT_S):
+        await asyncio.gather(*(client.ended for client in clients))
     seconds = time.perf_counter() - start
-    wrong = [answer for answer in answers if answer.num_tokens != num_new]
+    return seconds, [client.answer() for client in clients]
+
+
+def wave(port: int, prompts: Sequence[list[int]], num_new: int) -> tuple[float, list[Answer]]:
+    """A streamed completion of each prompt, all at once: seconds until the last answer's end, and the answers."""
+    requests = [completion_request(port, prompt, num_new) for prompt in prompts]
+    seconds, answers = run(stream(port, requests))
+    wrong = [answer for answer in answers if answer.usage["completion_tokens"] != num_new]
     assert not wrong, f"{len(wrong)} of {len(answers)} streams do not have {num_new} tokens: {wrong[0]}"
     return seconds, answers
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """In an event loop that takes little of the cores."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def warm_up(llm: LLM, port: int, workload: Workload, count: int) -> None:
+    prompts = workload.prompts(count, workload.num_prompt, seed=-1)
+    wave(port, prompts, num_new=4)
+    llm.generate(prompts, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True), use_tqdm=False)
 
 
 def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, Any]:
@@ -151,7 +221,7 @@ def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, An
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         offline_seconds.append(time.perf_counter() - start)
-        seconds, streamed = asyncio.run(wave(port, prompts, workload.num_new))
+        seconds, streamed = wave(port, prompts, workload.num_new)
         http_seconds.append(seconds)
         answers.extend(streamed)
         print(
@@ -169,7 +239,7 @@ def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, An
         "ratio": statistics.median(offline_seconds) / statistics.median(http_seconds),
         "ttft_p50_s": statistics.median(first),
         "ttft_p99_s": percentile(first, 99),
-        "time_per_token_p50_s": statistics.median((a.last_s - a.first_s) / (a.num_tokens - 1) for a in answers),
+        "time_per_token_p50_s": statistics.median((a.last_s - a.first_s) / (workload.num_new - 1) for a in answers),
     }
 
 
@@ -179,15 +249,13 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return ordered[-(-len(ordered) * percent // 100) - 1]
 
 
-def run(workload: Workload, threads: int) -> dict[str, Any]:
-    """Measure everything; answers what goes into the result file."""
+def measure_all(workload: Workload, threads: int) -> dict[str, Any]:
+    """What goes into the result file."""
     print("starting the server, and loading the model here", flush=True)
     options: dict[str, Any] = {"num_threads": threads, "kv_memory_bytes": KV_BYTES}
-    with server(threads) as (port, ready_s), LLM(locate_model(EMBEDDED_MODEL), dtype="bfloat16", **options) as llm:
-        warm = Workload(workload.num_prompt, 4, (), 0, 1)
+    with server(threads) as (port, ready_s, _), LLM(locate_model(EMBEDDED_MODEL), dtype="bfloat16", **options) as llm:
         for count in workload.request_counts:
-            asyncio.run(wave(port, warm.prompts(count, warm.num_prompt, seed=-1), warm.num_new))
-            llm.generate(warm.prompts(count, warm.num_prompt, seed=-1), use_tqdm=False)
+            warm_up(llm, port, workload, count)
         return {
             "machine": machine.facts(threads),
             "model": EMBEDDED_MODEL,
@@ -202,7 +270,7 @@ def run(workload: Workload, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     given = machine.options(__doc__)
-    print(machine.write_result(given.results, "serving", run(given.workload, given.threads)))
+    print(machine.write_result(given.results, "serving", measure_all(given.workload, given.threads)))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def build_app(
     progress_address: str | None = None,
     own_ip: str | None = None,
     runtime_env: Mapping[str, Any] | None = None,
+    replica: type[Replica] = Replica,
 ) -> Application:
     """Gateways in front of one replica deployment per model, and the admin port beside them.
 
@@ -79,7 +80,7 @@ def build_app(
     replicas = {}
     for model in config.models:
         surge, free = _surge(model, free, whole)
-        replicas[model.name] = _replica(model, surge, progress_address, own_ip, environment, config.logging)
+        replicas[model.name] = _replica(replica, model, surge, progress_address, own_ip, environment, config.logging)
     models = tuple(model.of_a_gateway for model in config.models)
     gateway = serve.deployment(
         serve.ingress()(Gateway),
@@ -230,6 +231,7 @@ def serve_logging(settings: LogSettings) -> LoggingConfig:
 
 
 def _replica(
+    kind: type[Replica],
     model: ModelSettings,
     surge_percent: int,
     progress_address: str | None,
@@ -239,7 +241,7 @@ def _replica(
 ) -> Application:
     made_of, rank = model.of_a_replica, _rank_resources(model)
     deployment = serve.deployment(
-        Replica,
+        kind,
         name=deployment_name(model.name),
         **scaling_options(model),
         max_surge_percent=surge_percent,

@@ -115,6 +115,7 @@ class EngineSettings(Settings):
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one rank")
     seed: int = 0
     async_scheduling: bool | None = Field(default=None, description="plan the next step while one runs")
+    cuda_graphs: bool = Field(default=True, description="launch a decode step at once, on a GPU that is alone")
     step_timeout: float = Field(default=300.0, gt=0, description="a step that takes longer ends the replica")
     heartbeat_timeout: float = Field(default=10.0, gt=0, description="a rank silent for so long counts as dead")
 
@@ -363,6 +364,7 @@ class ModelSettings(Settings):
             pipeline_parallel=self.pipeline_parallel,
             stage_layers=self.stage_layers,
             async_scheduling=engine.async_scheduling,
+            cuda_graphs=engine.cuda_graphs,
             speculative=None if self.speculative is None else self.speculative.options(),
             step_timeout_s=engine.step_timeout,
             heartbeat_timeout_s=engine.heartbeat_timeout,

@@ -132,6 +132,7 @@ class EngineOptions:
     stage_layers: layers of each stage, in order; otherwise dealt as evenly as they go.
     async_scheduling: plan the next step while one runs; by default wherever the ranks do not share the coordinator's
         thread.
+    cuda_graphs: on a GPU that is alone, record what a decode step launches and launch it at once.
     num_threads: CPU threads of each rank.
     speculative: speculative decoding; None is off.
     step_timeout_s: a step that takes longer means that a rank hangs, and the replica is given up.
@@ -159,6 +160,7 @@ class EngineOptions:
     pipeline_parallel: int = 1
     stage_layers: tuple[int, ...] | None = None
     async_scheduling: bool | None = None
+    cuda_graphs: bool = True
     speculative: SpeculativeOptions | None = None
     step_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 10.0
@@ -229,6 +231,7 @@ class EngineConfig:
     pipeline_parallel: int
     stage_layers: tuple[int, ...] | None
     async_scheduling: bool
+    cuda_graphs: bool
     step_timeout_s: float
     heartbeat_timeout_s: float
     speculative: SpeculativeOptions | None = None
@@ -345,6 +348,7 @@ def resolve(
         async_scheduling=not on_cpu or options.num_ranks > 1
         if options.async_scheduling is None
         else options.async_scheduling,
+        cuda_graphs=options.cuda_graphs and not on_cpu and options.num_ranks == 1,
         step_timeout_s=options.step_timeout_s,
         heartbeat_timeout_s=options.heartbeat_timeout_s,
         speculative=options.speculative,

@@ -17,14 +17,28 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.torch_ops import activation, attention, experts, kv_write, linear, norm, rotary, sampling
+from shoal.kernels.torch_ops import (
+    activation,
+    attention,
+    capture,
+    embedding,
+    experts,
+    kv_write,
+    linear,
+    norm,
+    rotary,
+    sampling,
+)
 from shoal.kernels.torch_ops.activation import Activation
+from shoal.kernels.torch_ops.capture import Capture, NotCapturableError
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.linear import PackedLinear
 from shoal.kernels.torch_ops.quantized import QuantizedType, QuantizedWeight
 
 __all__ = [
     "Activation",
+    "Capture",
+    "NotCapturableError",
     "Operations",
     "PackedExperts",
     "PackedLinear",
@@ -53,6 +67,10 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+class Embedding(Protocol):
+    def __call__(self, ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor: ...
+
+
 class Linear(Protocol):
     def __call__(
         self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
@@ -63,8 +81,11 @@ class Linear(Protocol):
 class Operations:
     """Every operation for one device. Weights packed by one table are for that table's `linear` and `experts`."""
 
+    embedding: Embedding
+    take_rows: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    add: Callable[[Tensor, Tensor], None]
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
@@ -72,10 +93,12 @@ class Operations:
     gated_activation: Callable[[Tensor, Activation], Tensor]
     pack_linear: Callable[[Tensor | QuantizedWeight], PackedLinear]
     linear: Linear
+    gated_linear: Callable[[Tensor, PackedLinear, Tensor | None, Activation], Tensor]
     rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
     pack_experts: Callable[[Tensor | Sequence[QuantizedWeight], Tensor | Sequence[QuantizedWeight]], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    new_capture: Callable[[], Capture]
 
 
 @functools.cache
@@ -91,8 +114,11 @@ def operations(device: Literal["cpu", "cuda"]) -> Operations:
 def reference() -> Operations:
     """The torch twins: right on every device, fast on none."""
     return Operations(
+        embedding=embedding.embedding,
+        take_rows=embedding.take_rows,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
+        add=norm.add,
         rotary=rotary.rotary,
         kv_write=kv_write.kv_write,
         copy_blocks=kv_write.copy_blocks,
@@ -100,10 +126,12 @@ def reference() -> Operations:
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         rows=linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
+        new_capture=capture.new_capture,
     )
 
 
@@ -111,7 +139,9 @@ def _cpu() -> Operations:
     from shoal.kernels.cpu_ops import (
         activation,
         attention,
+        embedding,
         experts,
+        kernel,
         kv_write,
         library,
         linear,
@@ -119,7 +149,7 @@ def _cpu() -> Operations:
         quantized_linear,
         rotary,
         sampling,
-    )  # fmt: skip
+    )
 
     try:
         library.library()
@@ -128,18 +158,23 @@ def _cpu() -> Operations:
         return reference()
     return replace(
         reference(),
+        embedding=embedding.embedding,
+        take_rows=embedding.take_rows,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
+        add=norm.add,
         rotary=rotary.rotary,
         kv_write=kv_write.kv_write,
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         rows=quantized_linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
+        new_capture=kernel.new_capture,
     )
 
 
@@ -155,6 +190,7 @@ def _cuda() -> Operations:
         attention=attention.attention,
         gated_activation=activation.gated_activation,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         experts=experts.experts,
         sample=sampling.sample,
     )

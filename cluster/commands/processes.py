@@ -27,8 +27,8 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def descendants() -> list[int]:
-    """Ids of all running processes below this one."""
+def descendants(ancestor: int | None = None) -> list[int]:
+    """Ids of all running processes below that one, by default below this one."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile
@@ -36,7 +36,7 @@ def descendants() -> list[int]:
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(folder.name))
-    found = list(children.get(os.getpid(), ()))
+    found = list(children.get(ancestor or os.getpid(), ()))
     for pid in found:  # grows while it is walked
         found += children.get(pid, ())
     return found

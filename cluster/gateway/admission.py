@@ -351,7 +351,8 @@ class Admission:
         self._num_prompt_tokens += len(visit.call.prompt_ids)
         visit.placement = self._backend.placement(visit.call)
         first_sample = visit.call.sample_ids[0]  # the others share its blocks, and compute no prompt
-        visit.num_cached_tokens = sum(one.num_cached_tokens for one in outputs if one.request_id == first_sample)
+        cached = (one.num_cached_tokens for one in outputs if one.request_id == first_sample)
+        visit.num_cached_tokens = next(cached, 0)
         self._queue.charge(visit.tenant, -visit.num_cached_tokens)
         if visit.predicted_ttft_s is not None:
             self._ttft.learn(visit.predicted_ttft_s, now - visit.arrived_s, now)

@@ -327,7 +327,7 @@ def _presented(headers: Mapping[str, str]) -> str:
 
 def _num_cached(outputs: Sequence[RequestOutput], call: GenerateCall) -> int:
     """Later samples share the first one's blocks; that is no hit of the prefix cache."""
-    return sum(output.num_cached_tokens for output in outputs if output.request_id == call.sample_ids[0])
+    return next((output.num_cached_tokens for output in outputs if output.request_id == call.sample_ids[0]), 0)
 
 
 def _duration(standing: Standing) -> str:

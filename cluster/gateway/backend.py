@@ -61,7 +61,7 @@ class Backend(Protocol):
         ...
 
     def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
-        """Outputs of one engine step for this call's samples at a time, until every sample has finished.
+        """Outputs of an engine step, or of several, for this call's samples, until every sample has finished.
 
         Closing the generator, or cancelling the task that reads it, aborts what still runs. Raises RequestError for
         a call that cannot be served as asked, ReplicaUnavailableError when nobody can serve it now, and

@@ -119,7 +119,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 class RequestIdMiddleware:
-    """Gives every request an id (the client's x-request-id, or a new one) and turns a crash into a 500."""
+    """Gives every request an id (the client's x-request-id, or a new one) and turns a crash into a 500.
+
+    `state["server_send"]` is what it was given to send with, for who sends much: between the first message of an answer
+    and the last, no middleware has anything to look at.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -129,7 +133,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _client_request_id(scope) or uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, server_send=send)
         has_started = False
 
         async def send_with_id(message: Message) -> None:

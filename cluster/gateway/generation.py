@@ -75,9 +75,11 @@ class _Choice:
         detokenizer = self._detokenizer
         text = detokenizer.push(output.token_ids, ends_with_stop_token=reason is FinishReason.STOP)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        # Offsets end where a stop string did, and with them what is reported.
-        tokens = tuple(map(TokenReport, output.token_ids, output.logprobs, detokenizer.token_offsets))
-        self.logprobs += [token.logprobs.logprob for token in tokens]
+        tokens: tuple[TokenReport, ...] = ()
+        if output.logprobs:
+            # Offsets end where a stop string did, and with them what is reported.
+            tokens = tuple(map(TokenReport, output.token_ids, output.logprobs, detokenizer.token_offsets))
+            self.logprobs += [token.logprobs.logprob for token in tokens]
         if reason is not None:
             text += detokenizer.finish()
         if detokenizer.is_stopped:
@@ -133,12 +135,10 @@ class Generation:
                 chosen += [choice.index for choice in group]
         return chosen
 
-    async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """What each engine step gave, until every choice has finished. Closing this aborts what still runs."""
+    def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """What engine steps gave, until every choice has finished. Closing this aborts what still runs."""
         streams = [self._call_deltas(steps, group) for steps, group in zip(self._steps, self._groups, strict=True)]
-        async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
-            async for deltas in merged:
-                yield deltas
+        return streams[0] if len(streams) == 1 else _merge(streams)
 
     def _open(self, model: ServedModel, call: GenerateCall) -> list[_Choice]:
         first = len(self._choices)

@@ -33,14 +33,16 @@ class TokensLostError(ReplicaFailedError):
 
 
 class CallInbox:
-    """One call's outputs, a list per engine step."""
+    """One call's outputs, in order. Who reads slower than they come gets those of several steps at once."""
 
     def __init__(self, sample_ids: Sequence[RequestId]) -> None:
         self._loop = asyncio.get_running_loop()
         self._num_tokens = dict.fromkeys(sample_ids, 0)  # of the samples that are still open
         self._is_closed = False
         self._num_silent_periods: int | None = None  # None: no replica has the call, as far as is known
-        self._queue: asyncio.Queue[list[RequestOutput] | Exception] = asyncio.Queue()
+        self._outputs: list[RequestOutput] = []  # that nobody has taken yet
+        self._error: Exception | None = None  # that comes after them
+        self._waiting: asyncio.Future[None] | None = None  # of the reader, while there is neither
         self._deadline: asyncio.TimerHandle | None = None
 
     @property
@@ -49,19 +51,30 @@ class CallInbox:
         return not self._num_tokens
 
     async def next(self) -> list[RequestOutput]:
-        """The next step's outputs. Raises what `fail` was given, ReplicaFailedError for an output that says so, and
-        TokensLostError for a gap.
+        """What has come since the last time, at least one step's. For one reader.
+
+        Raises what `fail` was given, ReplicaFailedError for an output that says so, and TokensLostError for a gap.
         """
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        for output in item:
-            self._count(output)
-        return item
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        outputs, self._outputs = self._outputs, []
+        for number, output in enumerate(outputs):
+            try:
+                self._count(output)
+            except ReplicaFailedError as error:
+                self._error = error
+                if number == 0:
+                    raise
+                return outputs[:number]
+        return outputs
 
     def put(self, outputs: list[RequestOutput]) -> None:
         self.hear()
-        self._queue.put_nowait(outputs)
+        self._outputs += outputs
+        self._wake()
 
     def hear(self) -> None:
         """The replica still has the call."""
@@ -79,8 +92,9 @@ class CallInbox:
             self.fail(ReplicaFailedError(f"the replica has not been heard of for {SILENCE_TIMEOUT_S:g} s"))
 
     def fail(self, error: Exception) -> None:
-        """End the call with this error, after the outputs that have come already."""
-        self._queue.put_nowait(error)
+        """End the call with this error, after the outputs that have come."""
+        self._error = self._error or error
+        self._wake()
 
     def fail_after(self, seconds: float, error: Exception) -> None:
         if not self._is_closed:
@@ -90,6 +104,10 @@ class CallInbox:
         self._is_closed = True
         if self._deadline is not None:
             self._deadline.cancel()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _count(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:

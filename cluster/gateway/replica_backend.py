@@ -85,7 +85,7 @@ class ReplicaBackend:
         )
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[list[RequestOutput], None]:
-        """The call's outputs, an item per engine step. Closing the generator aborts the call.
+        """The call's outputs, those of each engine step or of several. Closing the generator aborts the call.
 
         Raises RequestError where the engine refuses the call, ReplicaUnavailableError where no replica takes it,
         ReplicaFailedError where its replica fails, dies or falls silent, or tokens did not arrive.

@@ -341,14 +341,14 @@ async def _events(
     *,
     wants_timeline: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """The events of one stream: one per choice and engine step; those of one step leave together."""
-    has_started = False
+    """The events of one stream: one per choice and engine step; those that come together leave together."""
+    has_started, has_running_usage = False, body.has_running_usage
     try:
         async with aclosing(generation.deltas()) as steps:
             async for deltas in steps:
                 has_started = True
-                usage = generation.usage() if body.has_running_usage else None
-                yield b"".join(writer.chunk(format.chunk_choice(delta), usage) for delta in deltas)
+                usage = generation.usage() if has_running_usage else None
+                yield b"".join([writer.chunk(format.chunk_choice(delta), usage) for delta in deltas])
     except Exception as error:
         if not has_started:
             raise

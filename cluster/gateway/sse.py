@@ -87,11 +87,12 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send_all(send))
+            await until_disconnect(receive, self._send_all(send, scope["state"]["server_send"]))
         except (ClientGoneError, OSError):  # a server may also tell by failing to send
             return
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, server_send: Send) -> None:
+        """`server_send`: for what no middleware looks at."""
         async with aclosing(self._events) as events:
             has_started = False
             async for event in events:
@@ -99,5 +100,5 @@ class EventStream(Response):
                     self.headers.update(self._first_headers())
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     has_started = True
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await server_send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -62,7 +62,7 @@ class Replica:
             try:
                 path = await asyncio.to_thread(locate_model, model.model, on_progress=progress.send)
                 self._engine = AsyncEngine(
-                    _engine_factory(model, path, rank_resources, self._label),
+                    self.engine_factory(model, path, rank_resources, self._label),
                     on_progress=progress.send,
                     observer=self._reporter.observe,
                 )
@@ -82,6 +82,21 @@ class Replica:
         self._publisher.start()
         self._reporter.start(self._publisher)
         self._watch = asyncio.create_task(self._leave_when_failed())
+
+    @staticmethod
+    def engine_factory(model: ModelSettings, path: str, rank_resources: Resources, label: str) -> EngineFactory:
+        """Raises ConfigError."""
+        options = model.options(path)
+        if options.num_ranks == 1:
+            from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
+
+            return local_engine(options)
+        drafts = options.speculative.model if options.speculative is not None else None
+        named = ((model.model, path), (model.speculative.model if model.speculative is not None else None, drafts))
+        fetched = tuple(
+            hub.pinned(name, place) for name, place in named if name and place and name.startswith(hub.PREFIX)
+        )
+        return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, label, fetched))
 
     async def generate(self, call: GenerateCall, reply_to: str) -> CallSummary:
         """See `Calls.run`."""
@@ -135,16 +150,3 @@ class Replica:
         await asyncio.wait([asyncio.create_task(self._engine.close())], timeout=CLOSE_TIMEOUT_S)
         await asyncio.sleep(LAST_WORDS_S)
         os._exit(1)
-
-
-def _engine_factory(model: ModelSettings, path: str, rank_resources: Resources, label: str) -> EngineFactory:
-    """Raises ConfigError."""
-    options = model.options(path)
-    if options.num_ranks == 1:
-        from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without
-
-        return local_engine(options)
-    drafts = options.speculative.model if options.speculative is not None else None
-    named = ((model.model, path), (model.speculative.model if model.speculative is not None else None, drafts))
-    fetched = tuple(hub.pinned(name, place) for name, place in named if name and place and name.startswith(hub.PREFIX))
-    return group_engine(options, RayLauncher(options.tensor_parallel, rank_resources, label, fetched))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from shoal.cluster import hub
 from shoal.cluster.logs import log_as_environment_says
 from shoal.engine.group.launcher import RankStart
-from shoal.engine.group.rank import rank_main
 
 
 class RankActor:
@@ -19,4 +18,7 @@ class RankActor:
         log_as_environment_says(os.environ, replica=replica)
         for reference in fetched:
             hub.fetch(reference)
+        # torch takes seconds and 300 MiB, which whoever only names this class (gateways, `shoal deploy`) need not pay.
+        from shoal.engine.group.rank import rank_main
+
         rank_main(start)

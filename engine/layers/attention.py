@@ -10,6 +10,15 @@ from shoal.kernels.dispatch import Operations
 
 
 @dataclass(frozen=True, slots=True)
+class LastTokens:
+    """Tokens at the end of requests, all that the layers' last hidden states are wanted of."""
+
+    tokens: Tensor  # [wanted] int64: indices into the tokens of the step, ascending
+    query_starts: Tensor  # [requests + 1] int32: those of request i are [query_starts[i], query_starts[i + 1]) of them
+    max_query_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where the tokens of one step read and write KV, the same for every layer. Tensors are on the model's device."""
 
@@ -18,6 +27,7 @@ class AttentionBatch:
     query_starts: Tensor  # [requests + 1] int32: tokens of request i are [query_starts[i], query_starts[i + 1])
     context_lens: Tensor  # [requests] int32: tokens with KV after this step
     max_query_len: int
+    wanted: LastTokens | None = None  # None: all tokens
 
 
 class Attention:
@@ -29,19 +39,23 @@ class Attention:
         self._softcap = softcap
         self._ops = ops
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
-        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim].
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch, wanted: LastTokens | None = None
+    ) -> Tensor:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim], or
+        [wanted, heads * head_dim].
 
         kv [num_blocks, 2, kv_heads, block_size, head_dim] is written in place.
         """
         self._ops.kv_write(k, v, kv, batch.slots)
+        queries = batch if wanted is None else wanted
         attended = self._ops.attention(
-            q,
+            q if wanted is None else self._ops.take_rows(q, wanted.tokens),
             kv,
             batch.block_tables,
-            batch.query_starts,
+            queries.query_starts,
             batch.context_lens,
-            batch.max_query_len,
+            queries.max_query_len,
             scale=self._scale,
             window=self._window,
             softcap=self._softcap,

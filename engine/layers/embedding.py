@@ -19,11 +19,17 @@ class VocabParallelEmbedding:
     """Rows of the embedding table, split over ranks; a rank adds zero for the tokens of others."""
 
     def __init__(
-        self, table: Tensor | Linear, own: range, vocab_size: int, dtype: torch.dtype, collectives: Collectives
-    ) -> None:
-        """`table`: the rows `own` of the vocabulary [rows, hidden]; a Linear, of which rows are taken, if quantized."""
+        self, table: Tensor | Linear, own: range, vocab_size: int, dtype: torch.dtype, scale: float | None,
+        ops: Operations, collectives: Collectives,
+    ) -> None:  # fmt: skip
+        """`table`: the rows `own` of the vocabulary [rows, hidden]; a Linear, of which rows are taken, if quantized.
+
+        Rows are multiplied by `scale`, rounded to `dtype`.
+        """
         self.table = table
         self._own = own
+        self._scale = 1.0 if scale is None else float(torch.tensor(scale, dtype=dtype))
+        self._embedding = ops.embedding
         self._vocab_size = vocab_size
         self._dtype = dtype
         self.num_tokens = max(0, min(len(own), vocab_size - own.start))  # rows that do not pad the vocabulary
@@ -31,12 +37,12 @@ class VocabParallelEmbedding:
 
     @classmethod
     def load(
-        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int,
+        cls, reader: WeightReader, name: str, *, vocab_size: int, hidden_size: int, scale: float | None,
         ops: Operations, topology: Topology, collectives: Collectives,
     ) -> VocabParallelEmbedding:  # fmt: skip
         weight = _read_vocab_rows(reader, name, vocab_size, hidden_size, topology)
         table = Linear(weight, None, ops) if isinstance(weight, QuantizedWeight) else weight
-        return cls(table, topology.vocab_shard(vocab_size), vocab_size, reader.dtype, collectives)
+        return cls(table, topology.vocab_shard(vocab_size), vocab_size, reader.dtype, scale, ops, collectives)
 
     @property
     def weight_bytes(self) -> int:
@@ -53,7 +59,10 @@ class VocabParallelEmbedding:
 
     def _rows(self, ids: Tensor) -> Tensor:
         """ids [tokens], counted from this rank's first row -> [tokens, hidden]."""
-        return F.embedding(ids, self.table) if isinstance(self.table, Tensor) else self.table.rows(ids, self._dtype)
+        if isinstance(self.table, Tensor):
+            return self._embedding(ids, self.table, self._scale)
+        rows = self.table.rows(ids, self._dtype)
+        return rows if self._scale == 1 else rows.mul_(self._scale)
 
 
 class ParallelLMHead:
@@ -90,7 +99,8 @@ class ParallelLMHead:
         logits = self._linear(hidden, out_dtype=torch.float32)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        logits[:, self._num_tokens :] = -torch.inf
+        if self._num_tokens < logits.shape[1]:
+            logits[:, self._num_tokens :] = -torch.inf
         return logits
 
 

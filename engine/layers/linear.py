@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.engine.layers.weight_reader import WeightReader
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import HeadShard, Topology
-from shoal.kernels.dispatch import Operations, QuantizedWeight
+from shoal.kernels.dispatch import Activation, Operations, QuantizedWeight
 
 
 class Linear:
@@ -28,6 +28,7 @@ class Linear:
         self._packed = ops.pack_linear(weight)  # [out, in]
         self._bias = bias  # [out]
         self._linear = ops.linear
+        self._gated_linear = ops.gated_linear
         self._rows = ops.rows
 
     @property
@@ -68,6 +69,10 @@ class MergedColumnParallelLinear(Linear):
         rows = topology.shard(size_out)
         weight, bias = _read_rows(reader, [(name, rows) for name in names], size_in, has_bias)
         return cls(weight, bias, ops)
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up, if the layers are those two: x [tokens, in] -> [tokens, out / 2]."""
+        return self._gated_linear(x, self._packed, self._bias, activation)
 
 
 class QKVParallelLinear(Linear):

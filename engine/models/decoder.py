@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.engine.layers.attention import Attention, AttentionBatch
+from shoal.engine.layers.attention import Attention, AttentionBatch, LastTokens
 from shoal.engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from shoal.engine.layers.linear import QKVParallelLinear, RowParallelLinear
 from shoal.engine.layers.mlp import GatedMLP
@@ -49,15 +49,17 @@ class SelfAttention:
         self._head_dim = head_dim
         self._rotary = ops.rotary
 
-    def __call__(self, x: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]."""
+    def __call__(
+        self, x: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch, wanted: LastTokens | None
+    ) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden], or [wanted, hidden]."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
         q, k, v = torch.split(heads, self._head_counts, dim=1)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
         if self._cos_sin is not None:
             self._rotary(q, k, positions, self._cos_sin)
-        return self._output(self._attention(q, k, v, kv, batch))
+        return self._output(self._attention(q, k, v, kv, batch, wanted))
 
 
 class DecoderLayer:
@@ -82,21 +84,33 @@ class DecoderLayer:
         self._mlp = mlp
         self._mlp_post_norm = mlp_post_norm
 
-    def __call__(
-        self, delta: Tensor | None, residual: Tensor, positions: Tensor, kv: Tensor, batch: AttentionBatch
+    def attend(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        wanted: LastTokens | None,
     ) -> Tensor:
-        """Add `delta` (None in a stage's first layer) to `residual` in place; return the next one [tokens, hidden]."""
+        """Add `delta` (None in a stage's first layer) to `residual` in place; the next one is [tokens, hidden], or
+        [wanted, hidden].
+        """
         norm = self._attention_norm
         x = norm(residual) if delta is None else norm.add(delta, residual)
-        x = self._attention(x, positions, kv, batch)
-        if self._attention_post_norm is not None:
-            x = self._attention_post_norm(x)
-        x = self._mlp(self._mlp_norm.add(x, residual))
+        x = self._attention(x, positions, kv, batch, wanted)
+        return x if self._attention_post_norm is None else self._attention_post_norm(x)
+
+    def feed_forward(self, delta: Tensor, residual: Tensor) -> Tensor:
+        """Add `delta` to `residual` in place, both [tokens, hidden]; return the next one."""
+        x = self._mlp(self._mlp_norm.add(delta, residual))
         return x if self._mlp_post_norm is None else self._mlp_post_norm(x)
 
 
 class Decoder:
     """One pipeline stage of a decoder-only transformer. A Model."""
+
+    is_capturable = True
 
     def __init__(
         self,
@@ -106,7 +120,7 @@ class Decoder:
         embedding: VocabParallelEmbedding | None,
         final_norm: RMSNorm | None,
         head: ParallelLMHead | None,
-        embedding_scale: float | None,
+        ops: Operations,
     ) -> None:
         self.layer_range = layer_range
         parts = (*layers, embedding, final_norm, head)
@@ -115,7 +129,7 @@ class Decoder:
         self._embedding = embedding
         self._final_norm = final_norm
         self._head = head
-        self._embedding_scale = embedding_scale
+        self._ops = ops
 
     def forward(
         self,
@@ -126,21 +140,24 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> Tensor:
         """As Model.forward: [tokens, hidden], before the final norm."""
-        residual = self._embed(input_ids) if hidden is None else hidden
+        if hidden is None:
+            assert self._embedding is not None, "later stages take hidden states"
+            hidden = self._embedding(input_ids)
+        residual = hidden
         delta = None
         for layer, layer_kv in zip(self._layers, kv, strict=True):
-            delta = layer(delta, residual, positions, layer_kv, attention)
-        return residual if delta is None else residual.add_(delta)
+            # Behind the last attention of all, a token is of use to nobody but its own logits.
+            wanted = attention.wanted if layer is self._layers[-1] and self._head is not None else None
+            delta = layer.attend(delta, residual, positions, layer_kv, attention, wanted)
+            if wanted is not None:
+                residual = self._ops.take_rows(residual, wanted.tokens)
+            delta = layer.feed_forward(delta, residual)
+        if delta is not None:
+            self._ops.add(delta, residual)
+        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As Model.logits: [rows, columns of this rank] float32."""
         assert self._final_norm is not None, "logits belong to the last stage"
         assert self._head is not None, "logits belong to the last stage"
         return self._head(self._final_norm(hidden))
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        assert self._embedding is not None, "later stages take hidden states"
-        hidden = self._embedding(input_ids)
-        if self._embedding_scale is None:
-            return hidden
-        return hidden.mul_(torch.tensor(self._embedding_scale, dtype=hidden.dtype))

@@ -59,7 +59,7 @@ class DecoderLoader:
             embedding=embedding,
             final_norm=self._norm(self._spec.names.final_norm) if is_last else None,
             head=self._head(embedding) if is_last else None,
-            embedding_scale=self._spec.embedding_scale,
+            ops=self._ops,
         )
 
     def _embedding(self) -> VocabParallelEmbedding:
@@ -68,6 +68,7 @@ class DecoderLoader:
             self._spec.names.embedding,
             vocab_size=self._config.vocab_size,
             hidden_size=self._config.hidden_size,
+            scale=self._spec.embedding_scale,
             ops=self._ops,
             topology=self._topology,
             collectives=self._collectives,
@@ -162,7 +163,7 @@ class DecoderLoader:
             topology=self._topology,
             collectives=self._collectives,
         )
-        return GatedMLP(gate_up, down, mlp.activation, self._ops)
+        return GatedMLP(gate_up, down, mlp.activation)
 
     def _moe(self, mlp: MoESpec, names: LayerNames) -> MoE:
         router = Router.load(

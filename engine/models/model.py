@@ -24,6 +24,11 @@ class Model(Protocol):
         """Memory of this rank's weights, in bytes."""
         ...
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether what `forward` and `logits` launch depends on shapes only, so that a CUDA graph can repeat it."""
+        ...
+
     def forward(
         self,
         input_ids: Tensor,
@@ -32,7 +37,8 @@ class Model(Protocol):
         kv: Sequence[Tensor],
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """The stage's hidden states [tokens, hidden], the residual added in; the final norm belongs to `logits`.
+        """The stage's hidden states [tokens, hidden], the residual added in; the final norm belongs to `logits`. Of the
+        last stage those of `attention.wanted` alone, [wanted, hidden].
 
         input_ids and positions are [tokens] int64. kv[i] is the pool of this stage's i-th layer,
         [num_blocks, 2, kv_heads, block_size, head_dim], written in place. A stage after the first takes `hidden`

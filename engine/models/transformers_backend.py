@@ -85,6 +85,8 @@ class _GivenHidden(nn.Module):
 class TransformersModel:
     """A whole model run by transformers' code. A Model; its hidden states have passed the final norm already."""
 
+    is_capturable = False  # some of that code looks at values
+
     def __init__(self, causal: Any, num_layers: int, ops: Operations) -> None:
         """Takes `causal` apart: its layers and its head are called separately from here on."""
         self.layer_range = range(num_layers)
@@ -105,12 +107,12 @@ class TransformersModel:
         kv: Sequence[Tensor],
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """As Model.forward: [tokens, hidden], here after the final norm."""
+        """As Model.forward, here after the final norm."""
         assert hidden is None, "there is only one stage"
         self._paging.batch, self._paging.kv = attention, kv
         output = self._layers(input_ids=input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
         states: Tensor = output.last_hidden_state[0]
-        return states
+        return states if attention.wanted is None else states[attention.wanted.tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, vocab] float32."""

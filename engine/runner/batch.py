@@ -43,6 +43,18 @@ class StepBatch:
     pending_rows: Ints  # [pending] the rows whose last sampled tokens they are
     last_pending_step: int  # the last step that sampled one of them
 
+    @property
+    def samples_all(self) -> bool:
+        """Whether something is sampled after every token."""
+        return len(self.sampled_tokens) == len(self.input_ids)
+
+    def sample_starts(self) -> tuple[npt.NDArray[np.int32], int]:
+        """[requests + 1]: the samples of request i are [starts[i], starts[i + 1]); and the most of one request."""
+        counts = np.bincount(self.sampled, minlength=len(self.rows))  # [requests]
+        starts = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        return starts, int(counts.max())
+
 
 @dataclass(slots=True)
 class Row:

@@ -7,10 +7,13 @@
 //
 // Tiles start at multiples of four key vectors and partial results are merged in order every kPart vectors, whether or
 // not the parts ran in parallel: a row's result is bitwise the same for every batch, chunking and number of threads.
+#include <omp.h>
+
 #include <algorithm>
 #include <array>
 #include <vector>
 
+#include "kernel.h"
 #include "kv_layout.h"
 
 namespace shoal {
@@ -20,7 +23,6 @@ constexpr int kTile = 4;               // key vectors of a tile
 constexpr int kKeys = kTile * kLanes;  // keys of a tile
 constexpr int kPart = 32;              // key vectors of a part; a multiple of kTile
 constexpr int kTaskRows = 48;          // rows that share one pass over K and V
-constexpr int64_t kSerialWork = 6000;  // row-key pairs; less is done by the calling thread alone
 const float kMinusInf = -__builtin_inff();
 const float kLog2E = 1.44269504f;  // softmax runs on powers of two
 
@@ -36,7 +38,6 @@ struct SingleMath {
   static constexpr int kPack = 1;
   using Operand = float;  // of queries and weights
   static SHOAL_INLINE Words words(const T* p) { return (Words)to_float(p); }
-  static SHOAL_INLINE void put(float* p, Vec v) { store(p, v); }
   static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return as_vec(a) * as_vec(b) + sum; }
 };
 
@@ -45,13 +46,6 @@ struct PairMath {
   static constexpr int kPack = 2;
   using Operand = BFloat16;
   static SHOAL_INLINE Words words(const BFloat16* p) { return load_raw<Words>(p); }
-  static SHOAL_INLINE void put(BFloat16* p, Vec v) {
-#if defined(__AVX512BF16__)
-    store_raw(p, _mm512_cvtneps_pbh((__m512)v));
-#else
-    store(p, v);
-#endif
-  }
   static SHOAL_INLINE Vec multiply_add(Vec sum, Words a, Words b) { return multiply_add_pairs(sum, a, b); }
 };
 
@@ -371,7 +365,7 @@ class Attention {
       for (int n = 0; n < kTile; ++n) {
         const Vec weight = exp2_nonpositive(load(s.scores + r * kKeys + n * kLanes) - highest[r]);
         sum += weight;
-        M::put((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);
+        store((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);
       }
       store(sums, sum);
     }
@@ -385,12 +379,15 @@ class Attention {
   float score_scale;
 };
 
+// Called by every thread of a team. Each lists the same tasks, which takes less than handing them round.
 template <class T, class M>
-void attend(const Problem& p, int requests, int threads) {
-  const int tile = std::max(1, kTaskRows / p.group()), padded = p.padded_dim();
-  std::vector<Task> tasks;
-  int64_t work = 0;
-  int most_rows = 1;
+void attend(const Problem& p, int requests) {
+  static thread_local std::vector<Task> tasks, whole;
+  static thread_local Scratch<T, M> scratch;
+  static thread_local std::vector<float> memory;
+  const int tile = std::max(1, kTaskRows / p.group()), padded = p.padded_dim(), threads = omp_get_num_threads();
+  tasks.clear(), whole.clear();
+  int most_rows = 1, parts = 0;
   for (int request = 0; request < requests; ++request) {
     const int queries = p.query_starts[request + 1] - p.query_starts[request];
     const int position = p.context_lens[request] - queries;
@@ -398,73 +395,76 @@ void attend(const Problem& p, int requests, int threads) {
     for (int first = (queries - 1) / tile * tile; queries > 0 && first >= 0; first -= tile) {
       const int count = std::min(tile, queries - first), high = position + first + count;
       const int low = p.window > 0 ? std::max(0, position + first - p.window + 1) : 0;
-      for (int head = 0; head < p.kv_heads; ++head)
-        tasks.push_back(
-            {request, head, first, count, p.vector_of(low) / kPart, p.vector_of(high - 1) / kPart + 1, 0});
+      const int part_begin = p.vector_of(low) / kPart, part_end = p.vector_of(high - 1) / kPart + 1;
+      for (int head = 0; head < p.kv_heads; ++head, parts += part_end - part_begin)
+        tasks.push_back({request, head, first, count, part_begin, part_end, parts});
       most_rows = std::max(most_rows, count * p.group());
-      work += (int64_t)count * p.heads * (high - low);
     }
   }
-  if (work < kSerialWork) threads = 1;
+  scratch.reserve(most_rows, padded);
 
   // With too few tasks to go round, the parts of each become tasks of their own.
-  std::vector<Task> whole;
-  std::vector<float> partials;
   const int64_t partial_size = state_size(most_rows, padded);
-  int parts = 0;
-  for (Task& task : tasks) task.partial = parts, parts += task.part_end - task.part_begin;
+  float* partials = nullptr;
   if (threads > 1 && (int)tasks.size() < 4 * threads && parts > (int)tasks.size()) {
     whole.swap(tasks);
     for (const Task& task : whole)
       for (int part = task.part_begin; part < task.part_end; ++part)
         tasks.push_back({task.request, task.kv_head, task.first, task.count, part, part + 1,
                          task.partial + part - task.part_begin});
-    partials.resize(parts * partial_size);
+#pragma omp single copyprivate(partials)
+    {
+      memory.resize(parts * partial_size);
+      partials = memory.data();
+    }
   }
   const int tasks_at_once = std::max(1, (int)tasks.size() / (8 * threads));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    static thread_local Scratch<T, M> scratch;
-    scratch.reserve(most_rows, padded);
 #pragma omp for schedule(dynamic, tasks_at_once)
-    for (int i = 0; i < (int)tasks.size(); ++i) {
-      Attention<T, M> attention(p, tasks[i], tasks[std::min(i + 1, (int)tasks.size() - 1)], scratch);
-      if (whole.empty()) {
-        attention.run(scratch.total);
-        attention.write(scratch.total);
-      } else {
-        attention.run(state_at(partials.data() + tasks[i].partial * partial_size, most_rows, padded));
-      }
+  for (int i = 0; i < (int)tasks.size(); ++i) {
+    Attention<T, M> attention(p, tasks[i], tasks[std::min(i + 1, (int)tasks.size() - 1)], scratch);
+    if (whole.empty()) {
+      attention.run(scratch.total);
+      attention.write(scratch.total);
+    } else {
+      attention.run(state_at(partials + tasks[i].partial * partial_size, most_rows, padded));
     }
+  }
+  if (whole.empty()) return;
 #pragma omp for schedule(static)
-    for (int i = 0; i < (int)whole.size(); ++i) {
-      const Task& task = whole[i];
-      const auto partial = [&](int n) {
-        return state_at(partials.data() + (task.partial + n) * partial_size, most_rows, padded);
-      };
-      for (int n = 1; n < task.part_end - task.part_begin; ++n)
-        merge(partial(0), partial(n), task.count * p.group(), padded);
-      Attention<T, M>(p, task, task, scratch).write(partial(0));
-    }
+  for (int i = 0; i < (int)whole.size(); ++i) {
+    const Task& task = whole[i];
+    const auto partial = [&](int n) {
+      return state_at(partials + (task.partial + n) * partial_size, most_rows, padded);
+    };
+    for (int n = 1; n < task.part_end - task.part_begin; ++n)
+      merge(partial(0), partial(n), task.count * p.group(), padded);
+    Attention<T, M>(p, task, task, scratch).write(partial(0));
   }
 }
 
 }  // namespace
 
-// window and softcap 0 are off.
-SHOAL_EXPORT void shoal_attention(void* out, const void* q, const void* kv, const int32_t* tables,
-                                const int32_t* query_starts, const int32_t* context_lens, int requests, int heads,
-                                int kv_heads, int dim, int block_size, int64_t q_stride, int64_t block_stride,
-                                int64_t table_stride, int window, float scale, float softcap, int dtype, int threads) {
-  const Problem problem{(const char*)q, (const char*)kv,  (char*)out,   tables,       query_starts,
-                        context_lens,   q_stride,         block_stride, table_stride, heads,
-                        kv_heads,       dim,              block_size,   window,       scale,
-                        softcap,        (block_size + kLanes - 1) / kLanes};
-  with_dtype(dtype, [&](auto* type) {
+struct AttentionCall {
+  void* out;
+  const void *q, *kv;
+  const int32_t *tables, *query_starts, *context_lens;
+  int requests, heads, kv_heads, dim, block_size;
+  int64_t q_stride, block_stride, table_stride;
+  int window;  // 0 is off, of softcap too
+  float scale, softcap;
+  int dtype;
+};
+
+SHOAL_KERNEL(attention, AttentionCall) {
+  const Problem problem{(const char*)a.q, (const char*)a.kv, (char*)a.out,   a.tables,       a.query_starts,
+                        a.context_lens,   a.q_stride,        a.block_stride, a.table_stride, a.heads,
+                        a.kv_heads,       a.dim,             a.block_size,   a.window,       a.scale,
+                        a.softcap,        (a.block_size + kLanes - 1) / kLanes};
+  with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (kv_pack<T>(dim, block_size) == 2) return attend<T, PairMath>(problem, requests, threads);
-    attend<T, SingleMath<T>>(problem, requests, threads);
+      if (kv_pack<T>(a.dim, a.block_size) == 2) return attend<T, PairMath>(problem, a.requests);
+    attend<T, SingleMath<T>>(problem, a.requests);
   });
 }
 

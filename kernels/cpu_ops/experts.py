@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.activation import gated_activation
-from shoal.kernels.cpu_ops.linear import linear, pack_linear
+from shoal.kernels.cpu_ops.linear import gated_linear, linear, pack_linear
 from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.quantized import QuantizedWeight
@@ -28,7 +27,7 @@ def experts(x: Tensor, packed: PackedExperts, chosen: Tensor, weights: Tensor, a
     counts = torch.bincount(pairs, minlength=len(packed.gate_up)).tolist()
     rows = torch.split(x[order // chosen.shape[1]], counts)  # by expert: [its pairs, hidden]
     products = [
-        linear(gated_activation(linear(own, gate_up), activation), down, out_dtype=torch.float32)
+        linear(gated_linear(own, gate_up, None, activation), down, out_dtype=torch.float32)
         for own, gate_up, down in zip(rows, packed.gate_up, packed.down, strict=True)
         if len(own)
     ]

@@ -1,38 +1,55 @@
+#include "kernel.h"
 #include "kv_layout.h"
 
 namespace shoal {
+
+struct KVWrite {
+  const void *k, *v;
+  void* kv;
+  const int64_t* slots;
+  int64_t tokens;
+  int kv_heads, dim, block_size;
+  int64_t k_stride, v_stride, block_stride;  // in elements
+  int dtype;
+};
+
 namespace {
 
+// A token's key lies in as many cache lines as it has words: they are fetched while the token before is written.
 template <class T, int kPack>
-void write(const T* k, const T* v, T* kv, const int64_t* slots, int64_t tokens, int kv_heads, int dim, int block_size,
-           int64_t k_stride, int64_t v_stride, int64_t block_stride, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * kv_heads * dim > kSerialElements)
-  for (int64_t token = 0; token < tokens; ++token) {
-    if (slots[token] < 0) continue;
-    const int64_t offset = slots[token] % block_size;
-    T* keys = kv + slots[token] / block_size * block_stride;
-    for (int head = 0; head < kv_heads; ++head, keys += (int64_t)block_size * dim) {
-      T* values = keys + (int64_t)kv_heads * block_size * dim;
-      const T *key = k + token * k_stride + head * dim, *value = v + token * v_stride + head * dim;
-      for (int64_t i = 0; i < dim; i += kPack)
-        std::memcpy(keys + i * block_size + offset * kPack, key + i, kPack * sizeof(T));
-      T* to = values + offset / kPack * kPack * dim + offset % kPack;
-      for (int64_t i = 0; i < dim; ++i) to[i * kPack] = value[i];
+void fetch(const KVWrite& a, int64_t slot) {
+  const T* keys = (const T*)a.kv + slot / a.block_size * a.block_stride + slot % a.block_size * kPack;
+  const int64_t words = (int64_t)a.kv_heads * a.dim / kPack;
+  for (int64_t word = 0; word < words; ++word) __builtin_prefetch(keys + word * a.block_size * kPack, 1);
+}
+
+template <class T, int kPack>
+void write(const KVWrite& a) {
+#pragma omp for schedule(static)
+  for (int64_t token = 0; token < a.tokens; ++token) {
+    const int64_t slot = a.slots[token], offset = slot % a.block_size;
+    if (token + 1 < a.tokens && a.slots[token + 1] >= 0 && a.slots[token + 1] / a.block_size != slot / a.block_size)
+      fetch<T, kPack>(a, a.slots[token + 1]);
+    if (slot < 0) continue;
+    T* keys = (T*)a.kv + slot / a.block_size * a.block_stride;
+    for (int head = 0; head < a.kv_heads; ++head, keys += (int64_t)a.block_size * a.dim) {
+      T* values = keys + (int64_t)a.kv_heads * a.block_size * a.dim;
+      const T* key = (const T*)a.k + token * a.k_stride + head * a.dim;
+      const T* value = (const T*)a.v + token * a.v_stride + head * a.dim;
+      for (int64_t i = 0; i < a.dim; i += kPack)
+        std::memcpy(keys + i * a.block_size + offset * kPack, key + i, kPack * sizeof(T));
+      T* to = values + offset / kPack * kPack * a.dim + offset % kPack;
+      for (int64_t i = 0; i < a.dim; ++i) to[i * kPack] = value[i];
     }
   }
 }
 
 }  // namespace
 
-// Strides in elements.
-SHOAL_EXPORT void shoal_kv_write(const void* k, const void* v, void* kv, const int64_t* slots, int64_t tokens,
-                                 int kv_heads, int dim, int block_size, int64_t k_stride, int64_t v_stride,
-                                 int64_t block_stride, int dtype, int threads) {
-  with_dtype(dtype, [&](auto* type) {
+SHOAL_KERNEL(kv_write, KVWrite) {
+  with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto run = kv_pack<T>(dim, block_size) == 2 ? write<T, 2> : write<T, 1>;
-    run((const T*)k, (const T*)v, (T*)kv, slots, tokens, kv_heads, dim, block_size, k_stride, v_stride, block_stride,
-        threads);
+    kv_pack<T>(a.dim, a.block_size) == 2 ? write<T, 2>(a) : write<T, 1>(a);
   });
 }
 

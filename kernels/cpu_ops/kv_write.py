@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import DTYPE_CODES, library
+from shoal.kernels.cpu_ops.kernel import Kernel
+from shoal.kernels.cpu_ops.library import DTYPE_CODES
+
+_kv_write = Kernel("kv_write")
 
 
 def kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
@@ -18,7 +21,7 @@ def kv_write(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
     assert k.stride(1) == v.stride(1) == head_dim, "heads must be dense"
     assert k.dtype == v.dtype == kv.dtype
     assert slots.dtype == torch.int64
-    library().shoal_kv_write(
-        k.data_ptr(), v.data_ptr(), kv.data_ptr(), slots.data_ptr(), tokens, kv_heads, head_dim, kv.shape[3],
-        k.stride(0), v.stride(0), kv.stride(0), DTYPE_CODES[k.dtype], torch.get_num_threads(),
+    _kv_write(
+        k.numel() + v.numel(), k.data_ptr(), v.data_ptr(), kv.data_ptr(), slots.data_ptr(), tokens, kv_heads, head_dim,
+        kv.shape[3], k.stride(0), v.stride(0), kv.stride(0), DTYPE_CODES[k.dtype],
     )  # fmt: skip

@@ -18,7 +18,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,23 +28,6 @@ DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torc
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-w")
 _BUILD_TIMEOUT_S = 300
 
-_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-# As the extern "C" functions of the .cpp files declare them.
-_SIGNATURES: dict[str, tuple[type[Any], ...]] = {
-    "shoal_rms_norm": (*[_pointer] * 3, _long, _long, _int, _long, _long, _float, _int, _int),
-    "shoal_add_rms_norm": (*[_pointer] * 4, _long, _int, _long, _long, _float, _int, _int),
-    "shoal_rotary": (*[_pointer] * 4, _long, *[_int] * 4, _long, _long, _int, _int),
-    "shoal_gated_activation": (_pointer, _pointer, _long, _int, _long, _int, _int, _int),
-    "shoal_kv_write": (*[_pointer] * 4, _long, *[_int] * 3, *[_long] * 3, _int, _int),
-    "shoal_attention": (*[_pointer] * 6, *[_int] * 5, *[_long] * 3, _int, _float, _float, _int, _int),
-    "shoal_pack_panels": (*[_pointer] * 2, _long, _long, _int),
-    "shoal_linear": (*[_pointer] * 4, *[_long] * 4, _int, _int),
-    "shoal_pack_quantized": (*[_pointer] * 2, _long, _long, _int, _int),
-    "shoal_quantized_linear": (*[_pointer] * 4, *[_long] * 4, *[_int] * 4),
-    "shoal_quantized_rows": (*[_pointer] * 3, _long, _long, *[_int] * 3),
-    "shoal_sample": (*[_pointer] * 7, _long, _int, _long, _int),
-}
-
 
 class CompilerError(RuntimeError):
     """The host's C++ compiler is missing or cannot build the kernels; the message holds its output."""
@@ -55,9 +37,9 @@ class CompilerError(RuntimeError):
 def library() -> ctypes.CDLL:
     """The kernels, compiled on first use on this machine. Raises CompilerError."""
     loaded = ctypes.CDLL(str(build()))
-    for name, argument_types in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = argument_types, None
+    loaded.shoal_run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    loaded.shoal_run_one.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
+    loaded.shoal_run.restype = loaded.shoal_run_one.restype = None
     return loaded
 
 

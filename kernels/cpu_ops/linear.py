@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import library
+from shoal.kernels.cpu_ops.activation import IS_GELU, gated_activation
+from shoal.kernels.cpu_ops.kernel import Kernel, empty
 from shoal.kernels.cpu_ops.quantized_linear import pack_quantized, quantized_linear
 from shoal.kernels.torch_ops import linear as plain
+from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.linear import PackedLinear
 from shoal.kernels.torch_ops.quantized import QuantizedWeight
 
@@ -22,6 +24,8 @@ from shoal.kernels.torch_ops.quantized import QuantizedWeight
 _BATCH_HINT = 32
 
 _PANEL = 48  # outputs of a panel, as in linear.cpp
+
+_pack, _multiply, _multiply_gated = Kernel("pack_panels"), Kernel("linear"), Kernel("gated_linear")
 
 
 def pack_linear(weight: Tensor | QuantizedWeight) -> PackedLinear:
@@ -54,6 +58,19 @@ def linear(
     return plain.linear(x, packed, bias, out_dtype=out_dtype)
 
 
+def gated_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: Activation) -> Tensor:
+    inter = packed.out_features // 2
+    if packed.layout != "panels" or packed.quantized is not None or inter % _PANEL:
+        return gated_activation(linear(x, packed, bias), activation)
+    rows = _pairs(x, packed)
+    out = empty((len(x), inter), x.dtype)
+    _multiply_gated(
+        packed.weight.numel() * len(x), out.data_ptr(), rows.data_ptr(), packed.weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), len(x), inter, packed.in_features, rows.stride(0), IS_GELU[activation],
+    )  # fmt: skip
+    return out
+
+
 def _choose_layout(weight: Tensor) -> Literal["plain", "onednn", "panels"]:
     if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return "panels"
@@ -67,19 +84,23 @@ def _pack_panels(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     panels = torch.empty((-(-outputs // _PANEL), inputs // 2, _PANEL, 2), dtype=weight.dtype)
     dense = weight.contiguous()
-    library().shoal_pack_panels(panels.data_ptr(), dense.data_ptr(), outputs, inputs, torch.get_num_threads())
+    _pack(dense.numel(), panels.data_ptr(), dense.data_ptr(), outputs, inputs)
     return panels
 
 
 def _multiply_panels(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    assert x.shape[1] == packed.in_features
-    assert x.dtype == packed.dtype
-    if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
-        x = x.contiguous()
-    out = torch.empty((x.shape[0], packed.out_features), dtype=out_dtype)
-    library().shoal_linear(
-        out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), None if bias is None else bias.data_ptr(),
-        x.shape[0], packed.out_features, packed.in_features, x.stride(0), out_dtype == torch.float32,
-        torch.get_num_threads(),
+    rows = _pairs(x, packed)
+    out = empty((x.shape[0], packed.out_features), out_dtype)
+    _multiply(
+        packed.weight.numel() * len(x), out.data_ptr(), rows.data_ptr(), packed.weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), len(x), packed.out_features, packed.in_features, rows.stride(0),
+        out_dtype == torch.float32,
     )  # fmt: skip
     return out
+
+
+def _pairs(x: Tensor, packed: PackedLinear) -> Tensor:
+    """x, laid out so that its rows are made of pairs."""
+    assert x.shape[1] == packed.in_features
+    assert x.dtype == packed.dtype
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4 else x

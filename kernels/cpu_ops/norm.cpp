@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "vec.h"
+#include "kernel.h"
 
 namespace shoal {
 namespace {
@@ -16,31 +16,72 @@ void normalise(T* out, const T* x, const float* weight, int dim, float eps) {
   for_lanes(dim, [&](int i, int n) { store(out + i, load(x + i, n) * scale * load(weight + i, n), n); });
 }
 
+template <class T>
+void add(T* sum, const T* x, int64_t dim) {
+  for_lanes(dim, [&](int i, int n) { store(sum + i, load(sum + i, n) + load(x + i, n), n); });
+}
+
 }  // namespace
 
-SHOAL_EXPORT void shoal_rms_norm(void* out, const void* x, const float* weight, int64_t tokens, int64_t heads, int dim,
-                               int64_t token_stride, int64_t head_stride, float eps, int dtype, int threads) {
-  with_dtype(dtype, [&](auto* type) {
+struct RmsNorm {
+  void* out;
+  const void* x;
+  const float* weight;
+  int64_t tokens, heads;
+  int dim;
+  int64_t token_stride, head_stride;
+  float eps;
+  int dtype;
+};
+
+SHOAL_KERNEL(rms_norm, RmsNorm) {
+  with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t rows = tokens * heads;
-#pragma omp parallel for num_threads(threads) if (rows * dim > kSerialElements)
+    const int64_t rows = a.tokens * a.heads;
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row)
-      normalise((T*)out + row * dim, (const T*)x + row / heads * token_stride + row % heads * head_stride, weight, dim,
-                eps);
+      normalise((T*)a.out + row * a.dim, (const T*)a.x + row / a.heads * a.token_stride + row % a.heads * a.head_stride,
+                a.weight, a.dim, a.eps);
   });
 }
 
-SHOAL_EXPORT void shoal_add_rms_norm(void* out, const void* x, void* residual, const float* weight, int64_t tokens, int dim,
-                                   int64_t x_stride, int64_t residual_stride, float eps, int dtype, int threads) {
-  with_dtype(dtype, [&](auto* type) {
+struct AddRmsNorm {
+  void* out;
+  const void* x;
+  void* residual;
+  const float* weight;
+  int64_t tokens;
+  int dim;
+  int64_t x_stride, residual_stride;
+  float eps;
+  int dtype;
+};
+
+SHOAL_KERNEL(add_rms_norm, AddRmsNorm) {
+  with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp parallel for num_threads(threads) if (tokens * dim > kSerialElements)
-    for (int64_t token = 0; token < tokens; ++token) {
-      T* sum = (T*)residual + token * residual_stride;
-      const T* added = (const T*)x + token * x_stride;
-      for_lanes(dim, [&](int i, int n) { store(sum + i, load(sum + i, n) + load(added + i, n), n); });
-      normalise((T*)out + token * dim, (const T*)sum, weight, dim, eps);
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a.tokens; ++token) {
+      T* sum = (T*)a.residual + token * a.residual_stride;
+      add(sum, (const T*)a.x + token * a.x_stride, a.dim);
+      normalise((T*)a.out + token * a.dim, (const T*)sum, a.weight, a.dim, a.eps);
     }
+  });
+}
+
+struct Add {
+  void* sum;
+  const void* x;
+  int64_t tokens, dim, stride, x_stride;
+  int dtype;
+};
+
+SHOAL_KERNEL(add, Add) {
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a.tokens; ++token)
+      add((T*)a.sum + token * a.stride, (const T*)a.x + token * a.x_stride, a.dim);
   });
 }
 

@@ -12,7 +12,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "vec.h"
+#include "kernel.h"
 
 namespace shoal {
 namespace {
@@ -37,7 +37,6 @@ typedef int32_t Sums __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Quads __attribute__((vector_size(4 * kWidth)));  // of bytes
 
 constexpr int64_t kRowsPerTask = 64;
-constexpr int64_t kSerialWeights = 1 << 15;
 
 struct Q8_0 {
   static constexpr int kBits = 8, kOffset = 128;
@@ -202,9 +201,15 @@ void multiply_panel(const Output& out, int64_t row, int64_t column, int columns,
   });
 }
 
+struct QuantizedLinear {
+  void* out;
+  const void *x, *panels, *bias;
+  int64_t rows, outputs, inputs, x_stride;
+  int format, x_dtype, out_dtype;
+};
+
 template <class Format>
-void multiply(const Output& out, const void* x, int x_dtype, int64_t x_stride, const PanelBlock<Format>* panels,
-              int64_t rows, int64_t outputs, int64_t inputs, int threads) {
+void multiply(const QuantizedLinear& a) {
   using Multiply = decltype(&multiply_panel<Format, 1>);
   static constexpr Multiply kMultiply[] = {
       nullptr, multiply_panel<Format, 1>,
@@ -212,39 +217,45 @@ void multiply(const Output& out, const void* x, int x_dtype, int64_t x_stride, c
       multiply_panel<Format, 2>, multiply_panel<Format, 3>, multiply_panel<Format, 4>, multiply_panel<Format, 5>, multiply_panel<Format, 6>,
 #endif
   };
-  const int64_t num_blocks = inputs / kBlock;
-  const int64_t num_panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t num_chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t num_blocks = a.inputs / kBlock;
+  const int64_t num_panels = (a.outputs + kPanel - 1) / kPanel;
+  const int64_t num_chunks = (a.rows + kRowsPerTask - 1) / kRowsPerTask;
+  const auto* panels = (const PanelBlock<Format>*)a.panels;
+  const Output out{a.out, a.outputs, a.out_dtype, a.bias, a.x_dtype};
   static thread_local std::vector<InputBlock> memory;
-  if ((int64_t)memory.size() < rows * num_blocks) memory.resize(rows * num_blocks);
-  InputBlock* blocks = memory.data();
+  InputBlock* blocks = nullptr;
+  const auto reserve = [&] {
+    if ((int64_t)memory.size() < a.rows * num_blocks) memory.resize(a.rows * num_blocks);
+    blocks = memory.data();
+  };
   const auto quantize_row = [&](int64_t row) {
-    with_dtype(x_dtype, [&](auto* type) {
-      quantize_inputs(blocks + row * num_blocks, (decltype(type))x + row * x_stride, num_blocks, Format::kOffset);
+    with_dtype(a.x_dtype, [&](auto* type) {
+      quantize_inputs(blocks + row * num_blocks, (decltype(type))a.x + row * a.x_stride, num_blocks, Format::kOffset);
     });
   };
-  const bool is_lone = rows == 1;  // then waiting for each other would cost more than the work
-  if (is_lone) quantize_row(0);
-#pragma omp parallel num_threads(threads) if (outputs * inputs * rows > kSerialWeights)
-  {
-    if (!is_lone) {
+  if (a.rows == 1) {  // every thread for itself: waiting for each other would take longer
+    reserve();
+    quantize_row(0);
+  } else {
+#pragma omp single copyprivate(blocks)
+    reserve();
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) quantize_row(row);
-    }
-#pragma omp for collapse(2) schedule(static) nowait
-    for (int64_t panel = 0; panel < num_panels; ++panel) {
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-        const int64_t start = chunk * kRowsPerTask, end = start + kRowsPerTask < rows ? start + kRowsPerTask : rows;
-        const int64_t num_tiles = (end - start + kMaxRows - 1) / kMaxRows;
-        const int64_t column = panel * kPanel;
-        const int columns = (int)(outputs - column < kPanel ? outputs - column : kPanel);
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-          // Tiles of equal size, to within a row.
-          const int64_t first = start + tile * (end - start) / num_tiles;
-          const int64_t last = start + (tile + 1) * (end - start) / num_tiles;
-          kMultiply[last - first](out, first, column, columns, blocks + first * num_blocks,
-                                  panels + panel * num_blocks, num_blocks);
-        }
+    for (int64_t row = 0; row < a.rows; ++row) quantize_row(row);
+  }
+#pragma omp for collapse(2) schedule(static)
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t start = chunk * kRowsPerTask;
+      const int64_t end = start + kRowsPerTask < a.rows ? start + kRowsPerTask : a.rows;
+      const int64_t num_tiles = (end - start + kMaxRows - 1) / kMaxRows;
+      const int64_t column = panel * kPanel;
+      const int columns = (int)(a.outputs - column < kPanel ? a.outputs - column : kPanel);
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        // Tiles of equal size, to within a row.
+        const int64_t first = start + tile * (end - start) / num_tiles;
+        const int64_t last = start + (tile + 1) * (end - start) / num_tiles;
+        kMultiply[last - first](out, first, column, columns, blocks + first * num_blocks, panels + panel * num_blocks,
+                                num_blocks);
       }
     }
   }
@@ -260,10 +271,9 @@ struct StoredBlock {
 static_assert(sizeof(StoredBlock<Q8_0>) == 34 && sizeof(StoredBlock<Q4_0>) == 18 && sizeof(StoredBlock<Q4_1>) == 20);
 
 template <class Format>
-void pack(PanelBlock<Format>* panels, const StoredBlock<Format>* weight, int64_t outputs, int64_t num_blocks,
-          int threads) {
+void pack(PanelBlock<Format>* panels, const StoredBlock<Format>* weight, int64_t outputs, int64_t num_blocks) {
   const int64_t num_panels = (outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for num_threads(threads)
+#pragma omp for schedule(static)
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     for (int64_t b = 0; b < num_blocks; ++b) {
       PanelBlock<Format>& target = panels[panel * num_blocks + b];
@@ -303,38 +313,46 @@ void unpack_row(T* out, const PanelBlock<Format>* panels, int64_t id, int64_t nu
   }
 }
 
+struct PackQuantized {
+  void* panels;
+  const void* weight;
+  int64_t outputs, inputs;
+  int format;
+};
+
+struct QuantizedRows {
+  void* out;
+  const void* panels;
+  const int64_t* ids;
+  int64_t rows, inputs;
+  int format, out_dtype;
+};
+
 }  // namespace
 
 // weight: [outputs, inputs / 32] blocks as GGUF stores them -> [ceil(outputs / 32), inputs / 32] blocks of panels, zero
 // beyond the outputs.
-SHOAL_EXPORT void shoal_pack_quantized(void* panels, const void* weight, int64_t outputs, int64_t inputs, int format,
-                                       int threads) {
-  with_format(format, [&](auto f) {
+SHOAL_KERNEL(pack_quantized, PackQuantized) {
+  with_format(a.format, [&](auto f) {
     using Format = decltype(f);
-    pack((PanelBlock<Format>*)panels, (const StoredBlock<Format>*)weight, outputs, inputs / kBlock, threads);
+    pack((PanelBlock<Format>*)a.panels, (const StoredBlock<Format>*)a.weight, a.outputs, a.inputs / kBlock);
   });
 }
 
 // x: [rows, inputs], rows `x_stride` elements apart; bias: null or [outputs], of the dtype of x
 // -> out: [rows, outputs], dense.
-SHOAL_EXPORT void shoal_quantized_linear(void* out, const void* x, const void* panels, const void* bias, int64_t rows,
-                                         int64_t outputs, int64_t inputs, int64_t x_stride, int format, int x_dtype,
-                                         int out_dtype, int threads) {
-  with_format(format, [&](auto f) {
-    multiply({out, outputs, out_dtype, bias, x_dtype}, x, x_dtype, x_stride, (const PanelBlock<decltype(f)>*)panels,
-             rows, outputs, inputs, threads);
-  });
+SHOAL_KERNEL(quantized_linear, QuantizedLinear) {
+  with_format(a.format, [&](auto f) { multiply<decltype(f)>(a); });
 }
 
 // ids: [rows] of outputs -> out: [rows, inputs], dense: those rows of the weight.
-SHOAL_EXPORT void shoal_quantized_rows(void* out, const void* panels, const int64_t* ids, int64_t rows, int64_t inputs,
-                                       int format, int out_dtype, int threads) {
-  with_format(format, [&](auto f) {
-    with_dtype(out_dtype, [&](auto* type) {
-#pragma omp parallel for num_threads(threads) if (rows * inputs > kSerialElements)
-      for (int64_t row = 0; row < rows; ++row)
-        unpack_row((decltype(type))out + row * inputs, (const PanelBlock<decltype(f)>*)panels, ids[row],
-                   inputs / kBlock);
+SHOAL_KERNEL(quantized_rows, QuantizedRows) {
+  with_format(a.format, [&](auto f) {
+    with_dtype(a.out_dtype, [&](auto* type) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < a.rows; ++row)
+        unpack_row((decltype(type))a.out + row * a.inputs, (const PanelBlock<decltype(f)>*)a.panels, a.ids[row],
+                   a.inputs / kBlock);
     });
   });
 }

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import DTYPE_CODES, library
+from shoal.kernels.cpu_ops.kernel import Kernel, empty
+from shoal.kernels.cpu_ops.library import DTYPE_CODES
 from shoal.kernels.torch_ops.linear import PackedLinear
 from shoal.kernels.torch_ops.quantized import BLOCK_BYTES, BLOCK_INPUTS, QuantizedType, QuantizedWeight
 
 _PANEL = 32  # outputs of a panel, as in quantized_linear.cpp
+_pack, _multiply, _take = Kernel("pack_quantized"), Kernel("quantized_linear"), Kernel("quantized_rows")
 _CODES: Mapping[QuantizedType, int] = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}
 
 
@@ -21,9 +23,7 @@ def pack_quantized(weight: QuantizedWeight) -> PackedLinear:
     num_blocks = inputs // BLOCK_INPUTS
     panels = torch.empty((-(-outputs // _PANEL), num_blocks, _PANEL * BLOCK_BYTES[weight.type]), dtype=torch.uint8)
     blocks = weight.blocks.contiguous()
-    library().shoal_pack_quantized(
-        panels.data_ptr(), blocks.data_ptr(), outputs, inputs, _CODES[weight.type], torch.get_num_threads()
-    )
+    _pack(blocks.numel(), panels.data_ptr(), blocks.data_ptr(), outputs, inputs, _CODES[weight.type])
     return PackedLinear(panels, "panels", outputs, inputs, torch.uint8, weight.type)
 
 
@@ -35,21 +35,21 @@ def quantized_linear(
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = torch.empty((x.shape[0], packed.out_features), dtype=out_dtype)
-    library().shoal_quantized_linear(
-        out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), None if bias is None else bias.data_ptr(),
-        x.shape[0], packed.out_features, packed.in_features, x.stride(0), _CODES[kind],
-        DTYPE_CODES[x.dtype], DTYPE_CODES[out_dtype], torch.get_num_threads(),
+    out = empty((len(x), packed.out_features), out_dtype)
+    _multiply(
+        packed.out_features * packed.in_features * len(x), out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), len(x), packed.out_features, packed.in_features, x.stride(0),
+        _CODES[kind], DTYPE_CODES[x.dtype], DTYPE_CODES[out_dtype],
     )  # fmt: skip
     return out
 
 
 def rows(packed: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
     assert packed.quantized is not None
-    out = torch.empty((len(ids), packed.in_features), dtype=dtype)
+    out = empty((len(ids), packed.in_features), dtype)
     ids = ids.contiguous()
-    library().shoal_quantized_rows(
-        out.data_ptr(), packed.weight.data_ptr(), ids.data_ptr(), len(ids), packed.in_features,
-        _CODES[packed.quantized], DTYPE_CODES[dtype], torch.get_num_threads(),
+    _take(
+        out.numel(), out.data_ptr(), packed.weight.data_ptr(), ids.data_ptr(), len(ids), packed.in_features,
+        _CODES[packed.quantized], DTYPE_CODES[dtype],
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-#include "vec.h"
+#include "kernel.h"
 
 namespace shoal {
 namespace {
@@ -18,17 +18,25 @@ void rotate(T* token, int heads, int head_dim, const float* cos, const float* si
 
 }  // namespace
 
-SHOAL_EXPORT void shoal_rotary(void* q, void* k, const int64_t* positions, const float* cos_sin, int64_t tokens, int heads,
-                             int kv_heads, int head_dim, int rotary_dim, int64_t q_stride, int64_t k_stride, int dtype,
-                             int threads) {
-  with_dtype(dtype, [&](auto* type) {
+struct Rotary {
+  void *q, *k;
+  const int64_t* positions;
+  const float* cos_sin;
+  int64_t tokens;
+  int heads, kv_heads, head_dim, rotary_dim;
+  int64_t q_stride, k_stride;
+  int dtype;
+};
+
+SHOAL_KERNEL(rotary, Rotary) {
+  with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int half = rotary_dim / 2;
-#pragma omp parallel for num_threads(threads) if (tokens * (heads + kv_heads) * head_dim > kSerialElements)
-    for (int64_t token = 0; token < tokens; ++token) {
-      const float* cos = cos_sin + positions[token] * rotary_dim;
-      rotate((T*)q + token * q_stride, heads, head_dim, cos, cos + half, half);
-      rotate((T*)k + token * k_stride, kv_heads, head_dim, cos, cos + half, half);
+    const int half = a.rotary_dim / 2;
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a.tokens; ++token) {
+      const float* cos = a.cos_sin + a.positions[token] * a.rotary_dim;
+      rotate((T*)a.q + token * a.q_stride, a.heads, a.head_dim, cos, cos + half, half);
+      rotate((T*)a.k + token * a.k_stride, a.kv_heads, a.head_dim, cos, cos + half, half);
     }
   });
 }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.cpu_ops.library import DTYPE_CODES, library
+from shoal.kernels.cpu_ops.kernel import Kernel
+from shoal.kernels.cpu_ops.library import DTYPE_CODES
+
+_rotary = Kernel("rotary")
 
 
 def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
@@ -14,7 +17,7 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     assert q.dtype == k.dtype
     assert positions.dtype == torch.int64
     assert cos_sin.dtype == torch.float32
-    library().shoal_rotary(
-        q.data_ptr(), k.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), tokens, heads, k.shape[1], head_dim,
-        cos_sin.shape[1], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    _rotary(
+        q.numel() + k.numel(), q.data_ptr(), k.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), tokens, heads,
+        k.shape[1], head_dim, cos_sin.shape[1], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype],
     )  # fmt: skip

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vec.h"
+#include "kernel.h"
 
 namespace shoal {
 namespace {
@@ -138,13 +138,21 @@ int64_t sample_row(const float* logits, int vocab, float temperature, int top_k,
 
 }  // namespace
 
-SHOAL_EXPORT void shoal_sample(int64_t* out, const float* logits, const float* temperature, const int32_t* top_k,
-                             const float* top_p, const float* min_p, const float* uniform, int64_t rows, int vocab,
-                             int64_t row_stride, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 1 && rows * vocab > kSerialElements) schedule(dynamic, 1)
-  for (int64_t row = 0; row < rows; ++row)
-    out[row] = sample_row(logits + row * row_stride, vocab, temperature[row], top_k[row], top_p[row], min_p[row],
-                          uniform[row]);
+struct Sample {
+  int64_t* out;
+  const float *logits, *temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p, *uniform;
+  int64_t rows;
+  int vocab;
+  int64_t row_stride;
+};
+
+SHOAL_KERNEL(sample, Sample) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t row = 0; row < a.rows; ++row)
+    a.out[row] = sample_row(a.logits + row * a.row_stride, a.vocab, a.temperature[row], a.top_k[row], a.top_p[row],
+                            a.min_p[row], a.uniform[row]);
 }
 
 }  // namespace shoal

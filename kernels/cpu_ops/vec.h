@@ -82,10 +82,14 @@ SHOAL_INLINE Vec to_float(const Float16* p) {
 SHOAL_INLINE void from_float(float* p, Vec v) { store_raw(p, v); }
 // Round to nearest even; NaN keeps being NaN.
 SHOAL_INLINE void from_float(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  store_raw(p, _mm512_cvtneps_pbh((__m512)v));
+#else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words is_nan = (Words)(v != v);
   store_raw(p, narrow((rounded & ~is_nan) | (is_nan & 0x7fc0u)));
+#endif
 }
 SHOAL_INLINE void from_float(Float16* p, Vec v) {
 #if defined(__AVX512F__)
@@ -220,8 +224,5 @@ inline void with_dtype(int dtype, Body body) {
   if (dtype == 1) body((BFloat16*)nullptr);
   if (dtype == 2) body((Float16*)nullptr);
 }
-
-// Elements of work below which waking threads (about 10 us) costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
 
 }  // namespace shoal

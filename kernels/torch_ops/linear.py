@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.kernels.torch_ops.activation import Activation, gated_activation
 from shoal.kernels.torch_ops.quantized import QuantizedType, QuantizedWeight, dequantize
 
 
@@ -63,6 +64,16 @@ def linear(
         return F.linear(x, packed.weight, bias)
     wide_bias = bias.to(out_dtype) if bias is not None else None
     return F.linear(x.to(out_dtype), packed.weight.to(out_dtype), wide_bias)
+
+
+def gated_linear(
+    x: Tensor,  # [tokens, in_features]
+    packed: PackedLinear,  # [gate; up], each with half of out_features
+    bias: Tensor | None,  # [out_features]
+    activation: Activation,
+) -> Tensor:  # [tokens, out_features / 2]
+    """activation(gate(x)) * up(x), rounded once, and gate and up before that where they are two steps."""
+    return gated_activation(linear(x, packed, bias), activation)
 
 
 def rows(

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467), alone and fused with the residual add."""
+"""The residual add, and root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467), alone and fused."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def add_rms_norm(
         )
     residual.copy_(residual.float() + x.float())
     return rms_norm(residual, weight, eps)
+
+
+def add(
+    x: Tensor,  # [tokens, dim]
+    residual: Tensor,  # [tokens, dim], same dtype; becomes residual + x
+) -> None:
+    """Add x to the residual in place."""
+    residual.add_(x)

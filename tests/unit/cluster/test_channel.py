@@ -352,6 +352,41 @@ async def test_a_gap_is_an_error_and_not_a_shorter_answer(rig: Rig) -> None:
         await tokens_of(rig.backend, call("c"))
 
 
+async def test_who_reads_late_gets_several_steps_at_once(rig: Rig) -> None:
+    one, two = RequestId("one"), RequestId("two")
+    with rig.inbox.open([one, two]) as held:
+        steps = [[RequestOutput(one, (1,))], [RequestOutput(two, (2, 3)), RequestOutput(one, (4,))]]
+        for step in steps:
+            held.put(step)
+        assert await held.next() == [*steps[0], *steps[1]]
+        reading = asyncio.create_task(held.next())
+        await asyncio.sleep(0)
+        held.put([RequestOutput(one, (5,), finish_reason=FinishReason.LENGTH)])
+        held.put([RequestOutput(two, (6,), finish_reason=FinishReason.STOP)])
+        assert [output.token_ids for output in await reading] == [(5,), (6,)]
+        assert held.is_finished
+
+
+async def test_an_error_comes_after_what_was_there_before_it(rig: Rig) -> None:
+    sample = RequestId("c")
+    with rig.inbox.open([sample]) as held:
+        held.put([RequestOutput(sample, (1,))])
+        held.fail(ReplicaFailedError("gone"))
+        assert [output.token_ids for output in await held.next()] == [(1,)]
+        with pytest.raises(ReplicaFailedError, match="gone"):
+            await held.next()
+
+
+async def test_a_failed_sample_takes_no_tokens_with_it(rig: Rig) -> None:
+    sample = RequestId("c")
+    with rig.inbox.open([sample]) as held:
+        held.put([RequestOutput(sample, (1,))])
+        held.put([RequestOutput(sample, (), finish_reason=FinishReason.ERROR, error="out of luck")])
+        assert [output.token_ids for output in await held.next()] == [(1,)]
+        with pytest.raises(ReplicaFailedError, match="out of luck"):
+            await held.next()
+
+
 async def test_noise_on_the_socket_changes_nothing(rig: Rig) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     noise = context.socket(zmq.PUSH)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from torch import Tensor
 
-from shoal.kernels.cpu_ops import library
+from shoal.kernels.cpu_ops import kernel, library
 from shoal.kernels.dispatch import Operations, QuantizedType, QuantizedWeight, operations, reference
 from shoal.kernels.torch_ops.quantized import BLOCK_BYTES, dequantize
 
@@ -169,7 +170,8 @@ def test_other_cpus_add_up_the_same(cpu: str, tmp_path: Path) -> None:
     for code, kind in enumerate(TYPES):
         packed = table.pack_linear(random_weight(kind, 45, 160))
         out = torch.empty(8, 45)
-        function = built.shoal_quantized_linear
-        function.argtypes, function.restype = library._SIGNATURES["shoal_quantized_linear"], None
-        function(out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), None, 8, 45, 160, 160, code, 0, 0, 1)
+        arguments = struct.Struct(kernel._ARGUMENTS["quantized_linear"]).pack(
+            out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), 0, 8, 45, 160, 160, code, 0, 0
+        )
+        built.shoal_quantized_linear(arguments)
         torch.testing.assert_close(out, table.linear(x, packed), rtol=1e-6, atol=1e-3)
