@@ -174,4 +174,4 @@ def test_other_cpus_add_up_the_same(cpu: str, tmp_path: Path) -> None:
             out.data_ptr(), x.data_ptr(), packed.weight.data_ptr(), 0, 8, 45, 160, 160, code, 0, 0
         )
         built.shoal_quantized_linear(arguments)
-        torch.testing.assert_close(out, table.linear(x, packed), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(out, table.linear(x, packed), rtol=1e-6, atol=1e-3)

