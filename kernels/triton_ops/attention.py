@@ -314,7 +314,9 @@ def _shape(has_few: bool, rows: int, head_dim: int, element_bytes: int, device: 
         keys, num_stages = 64 if dim <= 128 else 32, 5
     else:
         keys, num_stages = 128 if dim <= 128 else 32, 3
-    while keys > 16 and (rows + 4 * keys) * dim * element_bytes > device.shared_bytes:  # queries, keys and values twice
+    spare_bytes = 8 * 1024 if has_few else 0  # where the keys of more stages are
+    # Queries, and keys and values twice.
+    while keys > 16 and (rows + 4 * keys) * dim * element_bytes + spare_bytes > device.shared_bytes:
         keys //= 2
     return _Shape(rows, keys, 8 if rows >= 128 else 4, num_stages)
 
