@@ -115,10 +115,10 @@ def main() -> None:
     machine.write_result(results, "scheduler", scheduling)
     offline, serving, gateway, front = (json.loads((results / f"{name}.json").read_text()) for name in scripts)
     print(f"\n{conditions(offline)}\n")
-    print(f"{'':48}{'measured':>26}  {'goal':16}")
+    print(f"{'':48}{'measured':>26}  {'goal':28}")
     for what, value, goal, is_met in lines(offline, serving, gateway, front, scheduling):
         verdict = "" if is_met is None else "met" if is_met else "MISSED"
-        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+        print(f"{what:48}{value:>26}  {goal:28}{verdict}".rstrip())
 
 
 if __name__ == "__main__":
