@@ -52,7 +52,8 @@ lint: setup ## check style and formatting
 
 type: setup ## check types
 	@$(BIN)/mypy
-	@MYPYPATH=src:bench $(BIN)/mypy bench
+	@MYPYPATH=src:bench $(BIN)/mypy bench --exclude bench/gpu/
+	@$(BIN)/mypy bench/gpu
 	@MYPYPATH=src:deploy $(BIN)/mypy deploy helm/make_schema.py
 	@$(BIN)/mypy examples tests/test_*.py
 

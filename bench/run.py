@@ -101,10 +101,10 @@ def conditions(offline: Result) -> str:
 
 
 def print_lines(printed: Iterable[Line]) -> None:
-    print(f"{'':48}{'measured':>26}  {'goal':16}")
+    print(f"{'':48}{'measured':>26}  {'goal':28}")
     for what, value, goal, is_met in printed:
         verdict = "" if is_met is None else "met" if is_met else "MISSED"
-        print(f"{what:48}{value:>26}  {goal:16}{verdict}".rstrip())
+        print(f"{what:48}{value:>26}  {goal:28}{verdict}".rstrip())
 
 
 def at_least(what: str, value: float, goal: float | None, unit: str, *, digits: int = 2) -> Line:

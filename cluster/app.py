@@ -68,7 +68,8 @@ def build_app(
 
     Replicas tell how their start goes to `progress_address` ("tcp://ip:port"), if one is given. `own_ip` is the
     address on which gateways and replicas hear each other; None means each node's own. `runtime_env` is Ray's, for all
-    of them. Raises ConfigError for a routing policy that cannot be made here.
+    of them. `replica`: the class, which a benchmark gives an engine that does nothing. Raises ConfigError for a routing
+    policy that cannot be made here.
 
     A deployment's version is made of what its processes begin with: where that stays the same, an update leaves them
     running, whatever else changes.

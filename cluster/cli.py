@@ -14,6 +14,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
+_QUANTIZATION = "none, or gguf to keep 4 and 8 bits of a GGUF file (default: none)"
+
 _SERVE_EXAMPLES = f"""examples:
   shoal serve                                  the embedded model, {EMBEDDED_MODEL}, on port 8000
   shoal serve ~/models/Qwen3-0.6B --port 9000  a Hugging Face directory
@@ -224,6 +226,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="off, ngram or suffix, or settings such as method=draft_model,model=PATH (default: off)",
     )
     model.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
+    model.add_argument("--quantization", help=_QUANTIZATION)
     model.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     model.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
     model.add_argument("--kv-memory", metavar="SIZE", help="memory of the KV pool of a replica, such as 2GiB")
@@ -280,6 +283,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     plan.add_argument("--gpus", metavar="[NODESx]NxGPU", help="such as 8xH100 or 4x24GiB (default: this machine)")
     plan.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: auto)")
+    plan.add_argument("--quantization", help=_QUANTIZATION)
     plan.add_argument("--max-model-len", type=int, metavar="N", help="prompt and answer together, in tokens")
     plan.add_argument("--max-running-requests", type=int, metavar="N", help="requests that run at once")
     plan.add_argument("--json", action="store_true", help="for programs, with every shape")
@@ -414,6 +418,7 @@ def serve_config(args: argparse.Namespace) -> ClusterConfig:
             "models.0.nodes.labels": args.node_labels,
             "models.0.speculative": args.speculative,
             "models.0.engine.dtype": args.dtype,
+            "models.0.engine.quantization": args.quantization,
             "models.0.engine.device": args.device,
             "models.0.engine.max_model_len": args.max_model_len,
             "models.0.engine.kv_memory": args.kv_memory,
@@ -428,6 +433,7 @@ def plan_config(args: argparse.Namespace) -> ClusterConfig:
     config = load_config(args.target)
     given = {
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "max_model_len": args.max_model_len,
         "max_running_requests": args.max_running_requests,
     }

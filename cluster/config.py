@@ -33,6 +33,7 @@ from shoal.cluster import hub
 from shoal.engine.config import (
     ConfigError,
     EngineOptions,
+    Quantization,
     SchedulingPolicy,
     SpeculativeMethod,
     SpeculativeOptions,
@@ -92,6 +93,9 @@ class EngineSettings(Settings):
     """
 
     dtype: str = Field(default="auto", description="auto, bfloat16, float16 or float32")
+    quantization: Quantization = Field(
+        default="none", description="gguf keeps the weights of a GGUF file in 4 and 8 bits; none expands them to dtype"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="prompt plus generated tokens of one request")
     block_size: int | None = Field(default=None, ge=1, description="tokens per KV block")
@@ -111,6 +115,7 @@ class EngineSettings(Settings):
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of one rank")
     seed: int = 0
     async_scheduling: bool | None = Field(default=None, description="plan the next step while one runs")
+    cuda_graphs: bool = Field(default=True, description="launch a decode step at once, on a GPU that is alone")
     step_timeout: float = Field(default=300.0, gt=0, description="a step that takes longer ends the replica")
     heartbeat_timeout: float = Field(default=10.0, gt=0, description="a rank silent for so long counts as dead")
 
@@ -343,6 +348,7 @@ class ModelSettings(Settings):
         return EngineOptions(
             model=path,
             dtype=engine.dtype,
+            quantization=engine.quantization,
             device=engine.device,
             max_model_len=engine.max_model_len,
             block_size=engine.block_size,
@@ -358,6 +364,7 @@ class ModelSettings(Settings):
             pipeline_parallel=self.pipeline_parallel,
             stage_layers=self.stage_layers,
             async_scheduling=engine.async_scheduling,
+            cuda_graphs=engine.cuda_graphs,
             speculative=None if self.speculative is None else self.speculative.options(),
             step_timeout_s=engine.step_timeout,
             heartbeat_timeout_s=engine.heartbeat_timeout,

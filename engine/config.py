@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 Device = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["shortest_first", "fcfs", "priority"]
+Quantization = Literal["none", "gguf"]
 SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -111,6 +112,8 @@ class EngineOptions:
 
     model: a directory with config.json and safetensors, or a .gguf file.
     dtype: "auto" (the checkpoint's own, bfloat16 where that is quantized), or any key of DTYPE_ALIASES.
+    quantization: "none" expands quantized weights to `dtype` when they are loaded; "gguf" keeps those of a GGUF file in
+        4 and 8 bits and rounds what they are multiplied with to 8: less memory and more tokens per second on a CPU.
     device: "auto" (cuda if there is one), "cpu" or "cuda".
     max_model_len: prompt plus generated tokens of one request, at most.
     block_size: tokens per KV block.
@@ -129,6 +132,7 @@ class EngineOptions:
     stage_layers: layers of each stage, in order; otherwise dealt as evenly as they go.
     async_scheduling: plan the next step while one runs; by default wherever the ranks do not share the coordinator's
         thread.
+    cuda_graphs: on a GPU that is alone, record what a decode step launches and launch it at once.
     num_threads: CPU threads of each rank.
     speculative: speculative decoding; None is off.
     step_timeout_s: a step that takes longer means that a rank hangs, and the replica is given up.
@@ -137,6 +141,7 @@ class EngineOptions:
 
     model: str
     dtype: str = "auto"
+    quantization: Quantization = "none"
     device: str = "auto"
     max_model_len: int | None = None
     block_size: int | None = None
@@ -155,6 +160,7 @@ class EngineOptions:
     pipeline_parallel: int = 1
     stage_layers: tuple[int, ...] | None = None
     async_scheduling: bool | None = None
+    cuda_graphs: bool = True
     speculative: SpeculativeOptions | None = None
     step_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 10.0
@@ -182,6 +188,12 @@ class ModelConfig:
     num_parameters: int  # counted from the stored tensor shapes
     eos_token_ids: tuple[int, ...]
     hf_config: Mapping[str, Any] = field(repr=False)  # the family's own fields, by their config.json names
+    stored_types: Mapping[str, str] = field(default_factory=dict, repr=False)  # of a GGUF file: type of each tensor
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is a GGUF file with quantized weights."""
+        return bool(self.stored_types) and self.stored_dtype == "quantized"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +231,12 @@ class EngineConfig:
     pipeline_parallel: int
     stage_layers: tuple[int, ...] | None
     async_scheduling: bool
+    cuda_graphs: bool
     step_timeout_s: float
     heartbeat_timeout_s: float
     speculative: SpeculativeOptions | None = None
     draft_model: ModelConfig | None = None  # facts of speculative.model
+    quantization: Quantization = "none"
 
     @property
     def dtype_bytes(self) -> int:
@@ -234,7 +248,10 @@ class EngineConfig:
 
     @property
     def draft(self) -> EngineConfig | None:
-        """The draft model as the last stage runs it: whole, in the same dtype, over blocks of the same size."""
+        """The draft model as the last stage runs it: whole, in the same dtype, over blocks of the same size.
+
+        It is quantized where the model is, if its file can be.
+        """
         if self.speculative is None or self.draft_model is None:
             return None
         return replace(
@@ -246,6 +263,7 @@ class EngineConfig:
             stage_layers=None,
             speculative=None,
             draft_model=None,
+            quantization=self.quantization if self.draft_model.is_quantized else "none",
         )
 
     @property
@@ -286,6 +304,7 @@ def resolve(
         if getattr(options, name) <= 0:
             raise ConfigError(f"{name} must be positive, got {getattr(options, name)}", field=name)
     _check_stage_layers(options, model)
+    _check_quantization(options, model, machine)
     _check_draft_model(options, model, draft_model)
     if options.scheduling_policy not in get_args(SchedulingPolicy):
         raise ConfigError(
@@ -329,11 +348,35 @@ def resolve(
         async_scheduling=not on_cpu or options.num_ranks > 1
         if options.async_scheduling is None
         else options.async_scheduling,
+        cuda_graphs=options.cuda_graphs and not on_cpu and options.num_ranks == 1,
         step_timeout_s=options.step_timeout_s,
         heartbeat_timeout_s=options.heartbeat_timeout_s,
         speculative=options.speculative,
         draft_model=draft_model,
+        quantization=options.quantization,
     )
+
+
+def _check_quantization(options: EngineOptions, model: ModelConfig, machine: Machine) -> None:
+    if options.quantization not in get_args(Quantization):
+        raise ConfigError(
+            f"quantization must be one of {', '.join(get_args(Quantization))}, got {options.quantization!r}",
+            field="quantization",
+        )
+    if options.quantization == "none":
+        return
+    if machine.device != "cpu":
+        raise ConfigError(
+            'quantization "gguf" runs on CPUs only: set device to "cpu", or quantization to "none" to expand the '
+            "weights when they are loaded",
+            field="quantization",
+        )
+    if not model.is_quantized:
+        raise ConfigError(
+            f'quantization "gguf" keeps the quantized weights of a GGUF file, and {model.path} has none: give a .gguf '
+            'file of type Q8_0, Q4_0 or Q4_1, or set quantization to "none"',
+            field="quantization",
+        )
 
 
 def _check_stage_layers(options: EngineOptions, model: ModelConfig) -> None:

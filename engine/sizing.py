@@ -17,6 +17,7 @@ from shoal.engine.memory.kv_layout import KVLayout, blocks_needed
 from shoal.engine.models.registry import FAMILIES
 from shoal.engine.models.spec import DecoderSpec, GatedMLPSpec, MoESpec
 from shoal.engine.models.weight_shapes import layer_shapes
+from shoal.engine.models.weights.quantized import BLOCK_BYTES, BLOCK_INPUTS, kept_type
 from shoal.engine.parallel.topology import Topology
 
 _FLOAT32_BYTES = 4
@@ -44,22 +45,24 @@ class RankMemory:
 
 
 class _Share(NamedTuple):
-    """How tensor ranks divide a weight [out, in]: along `axis`, `size` features of the whole to a rank."""
+    """How tensor ranks divide a weight [out, in]: along `axis`, the features of a rank."""
 
     axis: int
-    size: Callable[[ModelConfig, Topology, int], int]
+    features: Callable[[ModelConfig, Topology, int], range]
 
 
-def _query_features(model: ModelConfig, topology: Topology, whole: int) -> int:
-    return len(topology.head_shard(model.num_heads, model.num_kv_heads).heads) * model.head_dim
+def _query_features(model: ModelConfig, topology: Topology, whole: int) -> range:
+    heads = topology.head_shard(model.num_heads, model.num_kv_heads).heads
+    return range(heads.start * model.head_dim, heads.stop * model.head_dim)
 
 
-def _kv_features(model: ModelConfig, topology: Topology, whole: int) -> int:
-    return len(topology.head_shard(model.num_heads, model.num_kv_heads).kv_heads) * model.head_dim
+def _kv_features(model: ModelConfig, topology: Topology, whole: int) -> range:
+    heads = topology.head_shard(model.num_heads, model.num_kv_heads).kv_heads
+    return range(heads.start * model.head_dim, heads.stop * model.head_dim)
 
 
-def _features(model: ModelConfig, topology: Topology, whole: int) -> int:
-    return len(topology.shard(whole))
+def _features(model: ModelConfig, topology: Topology, whole: int) -> range:
+    return topology.shard(whole)
 
 
 # The shard rules of engine/layers by the fields of LayerNames. What is not named is whole on every tensor rank.
@@ -78,21 +81,38 @@ _SHARES: Mapping[str, _Share] = {
 
 
 class _Piece(NamedTuple):
-    """A tensor of a layer: its field in LayerNames, and its whole shape."""
+    """A tensor of a layer: its field in LayerNames, its whole shape, and how those of its product are stored in a GGUF
+    file, if they are to stay so.
+    """
 
     part: str
     shape: tuple[int, ...]
     is_bias: bool
+    stored: tuple[str, ...] = ()
+
+    def num_bytes(self, model: ModelConfig, topology: Topology, dtype_bytes: int) -> int:
+        """Those that a rank keeps. Raises ConfigError if the ranks cannot share the tensor."""
+        elements = self.elements(model, topology)
+        if self.stored:
+            axis, features = _SHARES[self.part]
+            columns = features(model, topology, self.shape[1]) if axis == 1 else range(self.shape[1])
+            return _matrix_bytes(elements, self.stored, columns, dtype_bytes)
+        return elements * (_FLOAT32_BYTES if self.part.endswith("norm") else dtype_bytes)
 
     def elements(self, model: ModelConfig, topology: Topology) -> int:
         """Those that a rank keeps. Raises ConfigError if the ranks cannot share the tensor."""
         whole = math.prod(self.shape)
         if self.part not in _SHARES:
             return whole
-        axis, share = _SHARES[self.part]
+        axis, features = _SHARES[self.part]
         if self.is_bias and axis == 1:  # once in the sum over ranks
             return whole if topology.tensor_rank == 0 else 0
-        return whole // self.shape[axis] * share(model, topology, self.shape[axis])
+        return whole // self.shape[axis] * len(features(model, topology, self.shape[axis]))
+
+
+def _matrix_bytes(elements: int, stored: tuple[str, ...], columns: range, dtype_bytes: int) -> int:
+    kept = kept_type(stored, columns) if stored else None
+    return elements * dtype_bytes if kept is None else elements // BLOCK_INPUTS * BLOCK_BYTES[kept]
 
 
 class ModelSizing:
@@ -104,7 +124,10 @@ class ModelSizing:
         self._config = config
         self._draft = ModelSizing(config.draft) if config.draft is not None else None
         self._spec = family.spec(model) if family is not None else None
-        self._layers = [_pieces(model, self._spec, layer) for layer in range(model.num_layers)] if self._spec else []
+        self._stored = model.stored_types if config.quantization == "gguf" else {}
+        self._layers = (
+            [_pieces(model, self._spec, layer, self._stored) for layer in range(model.num_layers)] if self._spec else []
+        )
 
     def group(
         self, tensor_parallel: int, pipeline_parallel: int, stage_layers: tuple[int, ...] | None = None
@@ -148,16 +171,39 @@ class ModelSizing:
         total = 0
         for layer in topology.layer_range(model.num_layers):
             for piece, count in self._layers[layer].items():
-                element_bytes = _FLOAT32_BYTES if piece.part.endswith("norm") else config.dtype_bytes
-                total += count * piece.elements(model, topology) * element_bytes
-        table = len(topology.vocab_shard(model.vocab_size)) * model.hidden_size * config.dtype_bytes
+                total += count * piece.num_bytes(model, topology, config.dtype_bytes)
+        names = self._spec.names
         if topology.is_first_stage:
-            total += table
+            total += self._table_bytes(names.embedding, topology)
         if topology.is_last_stage:
             total += model.hidden_size * _FLOAT32_BYTES  # final norm
-            shares_table = self._spec.is_tied and topology.is_first_stage and not _packs_weights(config)
-            total += 0 if shares_table else table
+            shares_table = self._spec.is_tied and topology.is_first_stage and not self._copies_table(names.embedding)
+            total += (
+                0
+                if shares_table
+                else self._table_bytes(names.embedding if self._spec.is_tied else names.head, topology)
+            )
         return total
+
+    def _table_bytes(self, name: str, topology: Topology) -> int:
+        """Of a rank's part of the embedding table or of the head."""
+        model = self._config.model
+        elements = len(topology.vocab_shard(model.vocab_size)) * model.hidden_size
+        return _matrix_bytes(elements, self._types(name), range(model.hidden_size), self._config.dtype_bytes)
+
+    def _types(self, name: str) -> tuple[str, ...]:
+        return (self._stored[name],) if name in self._stored else ()
+
+    def _copies_table(self, name: str) -> bool:
+        """Whether the device's products want a layout of their own, so that a tied head is a copy of the table.
+
+        True of CPUs with C++ kernels, without which the answer is an upper bound, unless the table is quantized: rows
+        are read from any layout of it.
+        """
+        config = self._config
+        types, columns = self._types(name), range(config.model.hidden_size)
+        is_quantized = bool(types) and kept_type(types, columns) is not None
+        return config.device == "cpu" and config.dtype != "float16" and not is_quantized
 
     def _activation_bytes(self, topology: Topology) -> int:
         """Upper bound for a step of max_step_tokens (T) that draws a token for max_running_requests (R):
@@ -174,7 +220,8 @@ class ModelSizing:
         config, model = self._config, self._config.model
         tokens, rows, element = config.max_step_tokens, config.max_running_requests, config.dtype_bytes
         hidden = tokens * model.hidden_size * element
-        attention = 3 * (_query_features(model, topology, 0) + _kv_features(model, topology, 0)) * element
+        features = len(_query_features(model, topology, 0)) + len(_kv_features(model, topology, 0))
+        attention = 3 * features * element
         mlp = max(self._mlp_bytes(layer, topology) for layer in topology.layer_range(model.num_layers))
         peak = _HIDDEN_COPIES * hidden + tokens * max(attention, mlp)
         if topology.is_last_stage:
@@ -245,24 +292,26 @@ def most_blocks(config: EngineConfig) -> int:
     return 2 * config.max_running_requests * blocks_needed(config.max_model_len, config.block_size) + 1
 
 
-def _pieces(model: ModelConfig, spec: DecoderSpec, layer: int) -> Counter[_Piece]:
+def _pieces(model: ModelConfig, spec: DecoderSpec, layer: int, stored: Mapping[str, str]) -> Counter[_Piece]:
     """The tensors of a layer; a layer of experts has few kinds of very many."""
     names = spec.names.of_layer(layer)
     parts = {name: part for part, name in asdict(names).items()}
+    products: list[tuple[str, ...]] = [(names.q, names.k, names.v), (names.o,), (names.gate, names.up), (names.down,)]
     mlp = spec.mlp[layer]
     if isinstance(mlp, MoESpec):
         for expert in range(mlp.num_experts):
-            parts |= dict(zip(names.of_expert(expert), ("expert_gate", "expert_up", "expert_down"), strict=True))
+            gate, up, down = names.of_expert(expert)
+            parts |= {gate: "expert_gate", up: "expert_up", down: "expert_down"}
+            products += [(gate, up), (down,)]
+    types = {  # of each matrix that may stay quantized: how those of its product are stored
+        name: tuple(stored[f"{other}.weight"] for other in product)
+        for product in products
+        for name in product
+        if all(f"{other}.weight" in stored for other in product)
+    }
     pieces: Counter[_Piece] = Counter()
     for name, shape in layer_shapes(model, spec, layer).items():
         module, _, kind = name.rpartition(".")
-        pieces[_Piece(parts[module], shape, kind == "bias")] += 1
+        is_bias = kind == "bias"
+        pieces[_Piece(parts[module], shape, is_bias, () if is_bias else types.get(module, ()))] += 1
     return pieces
-
-
-def _packs_weights(config: EngineConfig) -> bool:
-    """Whether the device's products want a layout of their own, so that a tied head is a copy of the table.
-
-    True of CPUs with C++ kernels, without which the answer is an upper bound.
-    """
-    return config.device == "cpu" and config.dtype != "float16"

@@ -29,6 +29,7 @@ from shoal.engine.parallel.collectives import Collectives, SingleRank
 from shoal.engine.parallel.pipeline import SingleStage, StageLinks
 from shoal.engine.parallel.topology import SINGLE, Topology
 from shoal.engine.plan import StepPlan, StepResult
+from shoal.engine.runner.cuda_graphs import CudaCapture
 from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.runner.model_runner import ModelRunner, PendingStep
@@ -167,6 +168,7 @@ class Worker:
             collectives=self._collectives,
             links=self._links,
             drafter=drafter,
+            capture=CudaCapture() if config.cuda_graphs else None,
         )
         return num_bytes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -33,6 +33,7 @@ from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.capture import Capture, NotCapturableError
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.torch_ops.linear import PackedLinear
+from shoal.kernels.torch_ops.quantized import QuantizedType, QuantizedWeight
 
 __all__ = [
     "Activation",
@@ -41,6 +42,8 @@ __all__ = [
     "Operations",
     "PackedExperts",
     "PackedLinear",
+    "QuantizedType",
+    "QuantizedWeight",
     "operations",
     "reference",
 ]
@@ -88,10 +91,11 @@ class Operations:
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     attention: Attention
     gated_activation: Callable[[Tensor, Activation], Tensor]
-    pack_linear: Callable[[Tensor], PackedLinear]
+    pack_linear: Callable[[Tensor | QuantizedWeight], PackedLinear]
     linear: Linear
     gated_linear: Callable[[Tensor, PackedLinear, Tensor | None, Activation], Tensor]
-    pack_experts: Callable[[Tensor, Tensor], PackedExperts]
+    rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
+    pack_experts: Callable[[Tensor | Sequence[QuantizedWeight], Tensor | Sequence[QuantizedWeight]], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     new_capture: Callable[[], Capture]
@@ -123,6 +127,7 @@ def reference() -> Operations:
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
+        rows=linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
@@ -141,6 +146,7 @@ def _cpu() -> Operations:
         library,
         linear,
         norm,
+        quantized_linear,
         rotary,
         sampling,
     )
@@ -164,6 +170,7 @@ def _cpu() -> Operations:
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
+        rows=quantized_linear.rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,

@@ -174,6 +174,7 @@ LEFT_OUT = (
     ("shoal.engine.group.coordinator shoal.engine.group.processes", "torch numpy transformers ray"),
     ("shoal.engine.llm", "ray fastapi pydantic"),
     ("shoal.cluster.cli", "ray torch transformers"),
+    ("shoal.cluster.app shoal.cluster.gateway.deployment shoal.cluster.replica.deployment", "torch transformers"),
     ("shoal.cluster.commands.keys", "ray torch fastapi"),
     ("shoal.cluster.commands.simulate", "ray torch transformers fastapi matplotlib"),
 )

@@ -62,7 +62,7 @@ def test_options_of_the_engine() -> None:
         "model", "dtype", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks", "memory_fraction",
         "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
         "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
-        "speculative", "step_timeout_s", "heartbeat_timeout_s",
+        "cuda_graphs", "speculative", "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(EngineSettings.model_fields) == {
         "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
         "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
-        "step_timeout", "heartbeat_timeout",
+        "cuda_graphs", "step_timeout", "heartbeat_timeout",
     }  # fmt: skip
     assert set(SpeculativeSettings.model_fields) == set(field_names(SpeculativeOptions)) == {
         "method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "suffix_history_tokens", "model",

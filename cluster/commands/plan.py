@@ -66,6 +66,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         "architecture": config.model.architecture,
         "num_parameters": config.model.num_parameters,
         "dtype": config.dtype,
+        "quantization": config.quantization,
         "max_model_len": config.max_model_len,
         "speculative": None if config.speculative is None else asdict(config.speculative),
         "kv_bytes_per_token": kv_bytes_per_token(config),
@@ -83,12 +84,8 @@ def lines(made: Plan) -> Iterator[str]:
     """The plan as people read it."""
     config, model = made.config, made.config.model
     layout = KVLayout.of(config)
-    weight_bytes = model.num_parameters * config.dtype_bytes
     yield f"{made.name}: {model.architecture}, requests of up to {config.max_model_len:,} tokens"
-    yield (
-        f"  weights  {model.num_parameters:,} parameters x {config.dtype_bytes} bytes ({config.dtype}) = "
-        f"{gib(weight_bytes)}"
-    )
+    yield f"  weights  {_weights(made)}"
     yield (
         f"  KV       {layout.num_layers} layers x 2 x {layout.num_kv_heads} KV heads x {layout.head_dim} x "
         f"{layout.element_bytes} bytes = {layout.bytes_per_token:,} bytes per token, "
@@ -113,6 +110,15 @@ def lines(made: Plan) -> Iterator[str]:
     hidden = len(made.reports) - len(made.shown)
     if hidden:
         yield f"  Left out: {hidden} whose ranks do not divide the devices; --json has them."
+
+
+def _weights(made: Plan) -> str:
+    config, num_parameters = made.config, made.config.model.num_parameters
+    if config.quantization != "none":
+        whole = made.reports[0]  # on one rank
+        return f"{num_parameters:,} parameters, in 4 and 8 bits where stored so = {gib(whole.weight_bytes)}"
+    weight_bytes = num_parameters * config.dtype_bytes
+    return f"{num_parameters:,} parameters x {config.dtype_bytes} bytes ({config.dtype}) = {gib(weight_bytes)}"
 
 
 def _drafts(speculative: SpeculativeOptions) -> str:

@@ -85,7 +85,7 @@ class Replica:
 
     @staticmethod
     def engine_factory(model: ModelSettings, path: str, rank_resources: Resources, label: str) -> EngineFactory:
-        """Raises ConfigError."""
+        """What makes the engine, of the checkpoint at `path`. Raises ConfigError."""
         options = model.options(path)
         if options.num_ranks == 1:
             from shoal.engine.worker import local_engine  # brings torch, which the coordinator of a group does without

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.layers.linear import Linear
 from shoal.engine.layers.weight_reader import WeightReader
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import Topology
-from shoal.kernels.dispatch import Operations
+from shoal.kernels.dispatch import Operations, QuantizedWeight
 
 
 class VocabParallelEmbedding:
     """Rows of the embedding table, split over ranks; a rank adds zero for the tokens of others."""
 
     def __init__(
-        self, weight: Tensor, start: int, vocab_size: int, scale: float | None, ops: Operations,
-        collectives: Collectives,
+        self, table: Tensor | Linear, own: range, vocab_size: int, dtype: torch.dtype, scale: float | None,
+        ops: Operations, collectives: Collectives,
     ) -> None:  # fmt: skip
-        """Rows are multiplied by `scale`, rounded to their dtype."""
-        self.weight = weight  # [rows of this rank, hidden]
-        self._scale = 1.0 if scale is None else float(torch.tensor(scale, dtype=weight.dtype))
+        """`table`: the rows `own` of the vocabulary [rows, hidden]; a Linear, of which rows are taken, if quantized.
+
+        Rows are multiplied by `scale`, rounded to `dtype`.
+        """
+        self.table = table
+        self._own = own
+        self._scale = 1.0 if scale is None else float(torch.tensor(scale, dtype=dtype))
         self._embedding = ops.embedding
-        self._start = start
         self._vocab_size = vocab_size
-        self.num_tokens = max(0, min(len(weight), vocab_size - start))  # rows that do not pad the vocabulary
+        self._dtype = dtype
+        self.num_tokens = max(0, min(len(own), vocab_size - own.start))  # rows that do not pad the vocabulary
         self._all_reduce = collectives.all_reduce
 
     @classmethod
@@ -34,21 +41,28 @@ class VocabParallelEmbedding:
         ops: Operations, topology: Topology, collectives: Collectives,
     ) -> VocabParallelEmbedding:  # fmt: skip
         weight = _read_vocab_rows(reader, name, vocab_size, hidden_size, topology)
-        return cls(weight, topology.vocab_shard(vocab_size).start, vocab_size, scale, ops, collectives)
+        table = Linear(weight, None, ops) if isinstance(weight, QuantizedWeight) else weight
+        return cls(table, topology.vocab_shard(vocab_size), vocab_size, reader.dtype, scale, ops, collectives)
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes
+        return self.table.nbytes if isinstance(self.table, Tensor) else self.table.weight_bytes
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids [tokens] int64 -> [tokens, hidden], a fresh tensor."""
-        rows = self.weight.shape[0]
-        if rows >= self._vocab_size:
-            return self._embedding(input_ids, self.weight, self._scale)
-        local = input_ids - self._start
-        is_elsewhere = (local < 0) | (local >= rows)
-        hidden = self._embedding(local.masked_fill(is_elsewhere, 0), self.weight, self._scale)
+        if len(self._own) >= self._vocab_size:
+            return self._rows(input_ids)
+        local = input_ids - self._own.start
+        is_elsewhere = (local < 0) | (local >= len(self._own))
+        hidden = self._rows(local.masked_fill(is_elsewhere, 0))
         return self._all_reduce(hidden.masked_fill_(is_elsewhere.unsqueeze(1), 0))
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """ids [tokens], counted from this rank's first row -> [tokens, hidden]."""
+        if isinstance(self.table, Tensor):
+            return self._embedding(ids, self.table, self._scale)
+        rows = self.table.rows(ids, self._dtype)
+        return rows if self._scale == 1 else rows.mul_(self._scale)
 
 
 class ParallelLMHead:
@@ -72,7 +86,9 @@ class ParallelLMHead:
     @classmethod
     def tied(cls, embedding: VocabParallelEmbedding, *, softcap: float | None, ops: Operations) -> ParallelLMHead:
         """A head that is the embedding table: shared memory, or a packed copy where the device wants one."""
-        linear = Linear(embedding.weight, None, ops)
+        if isinstance(embedding.table, Linear):
+            return cls(embedding.table, embedding.num_tokens, softcap, 0)
+        linear = Linear(embedding.table, None, ops)
         return cls(linear, embedding.num_tokens, softcap, 0 if linear.is_plain else linear.weight_bytes)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -94,10 +110,16 @@ def _own_tokens(vocab_size: int, topology: Topology) -> range:
     return range(min(rows.start, vocab_size), min(rows.stop, vocab_size))
 
 
-def _read_vocab_rows(reader: WeightReader, name: str, vocab_size: int, hidden_size: int, topology: Topology) -> Tensor:
+def _read_vocab_rows(
+    reader: WeightReader, name: str, vocab_size: int, hidden_size: int, topology: Topology
+) -> Tensor | QuantizedWeight:
     """This rank's rows [ceil(vocab / ranks), hidden], zero where they pad the vocabulary."""
     rows = _own_tokens(vocab_size, topology)
-    weight = reader.empty(len(topology.vocab_shard(vocab_size)), hidden_size)
+    num_rows = len(topology.vocab_shard(vocab_size))
+    quantized = reader.read_quantized([(name, rows)])
+    if quantized is not None:
+        return replace(quantized, blocks=F.pad(quantized.blocks, (0, 0, 0, num_rows - len(rows))))
+    weight = reader.empty(num_rows, hidden_size)
     reader.read_into(weight[: len(rows)], name, rows=rows)
     weight[len(rows) :].zero_()
     return weight

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.engine.layers.weight_reader import WeightReader
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import HeadShard, Topology
-from shoal.kernels.dispatch import Activation, Operations
+from shoal.kernels.dispatch import Activation, Operations, QuantizedWeight
 
 
 class Linear:
@@ -23,12 +23,13 @@ class Linear:
     Takes the weight over: the caller must not keep it, or packing doubles its memory.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, ops: Operations) -> None:
+    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, ops: Operations) -> None:
         self.weight_bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
         self._packed = ops.pack_linear(weight)  # [out, in]
         self._bias = bias  # [out]
         self._linear = ops.linear
         self._gated_linear = ops.gated_linear
+        self._rows = ops.rows
 
     @property
     def is_plain(self) -> bool:
@@ -38,6 +39,10 @@ class Linear:
     def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [tokens, in] -> [tokens, out], in the dtype of x where out_dtype is None."""
         return self._linear(x, self._packed, self._bias, out_dtype=out_dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of a quantized weight: ids [tokens] int64 -> [tokens, in]."""
+        return self._rows(self._packed, ids, dtype)
 
 
 class ColumnParallelLinear(Linear):
@@ -87,7 +92,9 @@ class QKVParallelLinear(Linear):
 class RowParallelLinear(Linear):
     """Input features are split: ranks compute partial sums, and one all-reduce adds them up."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, ops: Operations, collectives: Collectives) -> None:
+    def __init__(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, ops: Operations, collectives: Collectives
+    ) -> None:
         super().__init__(weight, bias, ops)
         self._all_reduce = collectives.all_reduce
 
@@ -97,8 +104,11 @@ class RowParallelLinear(Linear):
         ops: Operations, topology: Topology, collectives: Collectives,
     ) -> RowParallelLinear:  # fmt: skip
         """`columns` are the input features that this rank holds."""
-        weight = reader.empty(size_out, len(columns))
-        reader.read_into(weight, f"{name}.weight", columns=columns)
+        weight: Tensor | QuantizedWeight | None
+        weight = reader.read_quantized([(f"{name}.weight", range(size_out))], columns)
+        if weight is None:
+            weight = reader.empty(size_out, len(columns))
+            reader.read_into(weight, f"{name}.weight", columns=columns)
         bias = None
         if has_bias and topology.tensor_rank == 0:  # once in the sum
             bias = reader.empty(size_out)
@@ -116,15 +126,19 @@ def _feature_range(heads: range, head_dim: int) -> range:
 
 def _read_rows(
     reader: WeightReader, parts: Sequence[tuple[str, range]], size_in: int, has_bias: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """The named weights' rows, one below the other: [out, size_in], and their biases [out]."""
     size_out = sum(len(rows) for _, rows in parts)
-    weight = reader.empty(size_out, size_in)
+    weight: Tensor | QuantizedWeight | None
+    weight = reader.read_quantized([(f"{name}.weight", rows) for name, rows in parts])
+    if weight is None:
+        weight = reader.empty(size_out, size_in)
     bias = reader.empty(size_out) if has_bias else None
     start = 0
     for name, rows in parts:
         end = start + len(rows)
-        reader.read_into(weight[start:end], f"{name}.weight", rows=rows)
+        if isinstance(weight, Tensor):
+            reader.read_into(weight[start:end], f"{name}.weight", rows=rows)
         if bias is not None:
             reader.read_into(bias[start:end], f"{name}.bias", rows=rows)
         start = end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from shoal.engine.layers.linear import Linear
 from shoal.engine.layers.weight_reader import WeightReader
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import Topology
-from shoal.kernels.dispatch import Activation, Operations
+from shoal.kernels.dispatch import Activation, Operations, QuantizedWeight
 
 
 class Router:
@@ -55,10 +55,11 @@ class ParallelExperts:
     """
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, activation: Activation, ops: Operations, collectives: Collectives
-    ) -> None:
+        self, gate_up: Tensor | Sequence[QuantizedWeight], down: Tensor | Sequence[QuantizedWeight],
+        activation: Activation, ops: Operations, collectives: Collectives,
+    ) -> None:  # fmt: skip
         """gate_up [experts, 2 * inner, hidden] and down [experts, hidden, inner] of this rank; takes them over."""
-        self.weight_bytes = gate_up.nbytes + down.nbytes
+        self.weight_bytes = sum(weight.nbytes for stack in (gate_up, down) for weight in stack)
         self._packed = ops.pack_experts(gate_up, down)
         self._activation = activation
         self._experts = ops.experts
@@ -71,17 +72,37 @@ class ParallelExperts:
     ) -> ParallelExperts:  # fmt: skip
         """`names` are gate, up and down of every expert, `inner_size` is of one whole expert."""
         own = topology.shard(inner_size)
-        gate_up = reader.empty(len(names), 2, len(own), hidden_size)
-        down = reader.empty(len(names), hidden_size, len(own))
-        for expert, (gate_name, up_name, down_name) in enumerate(names):
-            reader.read_into(gate_up[expert, 0], f"{gate_name}.weight", rows=own)
-            reader.read_into(gate_up[expert, 1], f"{up_name}.weight", rows=own)
-            reader.read_into(down[expert], f"{down_name}.weight", columns=own)
-        return cls(gate_up.flatten(1, 2), down, activation, ops, collectives)
+        gate_up: Tensor | list[QuantizedWeight] = _quantized(
+            reader.read_quantized([(f"{gate}.weight", own), (f"{up}.weight", own)]) for gate, up, _ in names
+        )
+        if not gate_up:
+            dense = reader.empty(len(names), 2, len(own), hidden_size)
+            for expert, (gate, up, _) in enumerate(names):
+                reader.read_into(dense[expert, 0], f"{gate}.weight", rows=own)
+                reader.read_into(dense[expert, 1], f"{up}.weight", rows=own)
+            gate_up = dense.flatten(1, 2)
+        down: Tensor | list[QuantizedWeight] = _quantized(
+            reader.read_quantized([(f"{name}.weight", range(hidden_size))], own) for _, _, name in names
+        )
+        if not down:
+            down = reader.empty(len(names), hidden_size, len(own))
+            for expert, (_, _, name) in enumerate(names):
+                reader.read_into(down[expert], f"{name}.weight", columns=own)
+        return cls(gate_up, down, activation, ops, collectives)
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], a token's experts and their weights -> [tokens, hidden], the same on every rank."""
         return self._all_reduce(self._experts(x, self._packed, chosen, weights, self._activation))
+
+
+def _quantized(weights: Iterable[QuantizedWeight | None]) -> list[QuantizedWeight]:
+    """All of them, or none: experts are stored alike."""
+    found: list[QuantizedWeight] = []
+    for weight in weights:
+        if weight is None:
+            return []
+        found.append(weight)
+    return found
 
 
 class MoE:

@@ -110,6 +110,8 @@ class DecoderLayer:
 class Decoder:
     """One pipeline stage of a decoder-only transformer. A Model."""
 
+    is_capturable = True
+
     def __init__(
         self,
         *,

@@ -12,7 +12,7 @@ from shoal.engine.models.decoder_loader import DecoderLoader
 from shoal.engine.models.spec import DecoderSpec
 from shoal.engine.models.weight_shapes import check_stored, expected_shapes
 from shoal.engine.models.weights.gguf_file import read_gguf_file
-from shoal.engine.models.weights.loader import Progress, WeightLoader, WeightSource
+from shoal.engine.models.weights.loader import Progress, QuantizedSource, WeightLoader, WeightSource
 from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import Topology
 from shoal.kernels.dispatch import Operations
@@ -27,7 +27,7 @@ def load_family_model(
     progress: Progress | None,
 ) -> Decoder:
     """Check that the checkpoint holds what the decoder needs, then load this rank's part of it."""
-    source = _open_source(Path(config.model.path))
+    source, quantized = _open_source(Path(config.model.path))
     check_stored(
         config.model.path,
         source.tensors,
@@ -40,10 +40,11 @@ def load_family_model(
         source,
         dtype=getattr(torch, config.dtype),
         device=device,
+        quantized=quantized if config.quantization == "gguf" else None,
         total_bytes=sum(source.tensors[name].num_bytes for name in needed),
         progress=progress,
     )
-    return DecoderLoader(
+    decoder = DecoderLoader(
         config.model,
         spec,
         loader,
@@ -53,13 +54,17 @@ def load_family_model(
         topology=topology,
         collectives=collectives,
     ).load()
+    loader.log_quantized()
+    return decoder
 
 
-def _open_source(path: Path) -> WeightSource:
+def _open_source(path: Path) -> tuple[WeightSource, QuantizedSource | None]:
+    """A checkpoint's weights, and the same again if its format has quantized ones."""
     if path.is_dir():
         from shoal.engine.models.weights.safetensors import SafetensorsSource
 
-        return SafetensorsSource(path)
+        return SafetensorsSource(path), None
     from shoal.engine.models.weights.gguf import GgufSource
 
-    return GgufSource(read_gguf_file(path))
+    source = GgufSource(read_gguf_file(path))
+    return source, source

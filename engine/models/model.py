@@ -24,6 +24,11 @@ class Model(Protocol):
         """Memory of this rank's weights, in bytes."""
         ...
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether what `forward` and `logits` launch depends on shapes only, so that a CUDA graph can repeat it."""
+        ...
+
     def forward(
         self,
         input_ids: Tensor,

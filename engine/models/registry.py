@@ -15,6 +15,7 @@ from shoal.engine.models.checkpoint import Checkpoint, read_checkpoint
 from shoal.engine.models.config_fields import count
 from shoal.engine.models.model import Model
 from shoal.engine.models.spec import Family
+from shoal.engine.models.weights.gguf_names import hugging_face_tensors
 
 if TYPE_CHECKING:
     from shoal.engine.parallel.collectives import Collectives
@@ -103,4 +104,12 @@ def _model_config(
         num_parameters=checkpoint.num_parameters,
         eos_token_ids=checkpoint.eos_token_ids,
         hf_config=fields,
+        stored_types=_stored_types(checkpoint),
     )
+
+
+def _stored_types(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """By Hugging Face's names; of GGUF files only, whose weights may stay as they are."""
+    if checkpoint.gguf is None:
+        return {}
+    return {name: tensor.dtype for name, tensor in hugging_face_tensors(checkpoint.gguf).items()}

@@ -85,6 +85,8 @@ class _GivenHidden(nn.Module):
 class TransformersModel:
     """A whole model run by transformers' code. A Model; its hidden states have passed the final norm already."""
 
+    is_capturable = False  # some of that code looks at values
+
     def __init__(self, causal: Any, num_layers: int, ops: Operations) -> None:
         """Takes `causal` apart: its layers and its head are called separately from here on."""
         self.layer_range = range(num_layers)

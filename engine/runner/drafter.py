@@ -26,6 +26,7 @@ from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.draw import make_draw
+from shoal.engine.sampling.transfer import to_device
 from shoal.kernels.dispatch import Operations
 
 Tokens = npt.NDArray[np.int32]
@@ -189,7 +190,7 @@ class Drafter:
         return self._model.forward(input_ids, self._tensor(positions), attention, self._kv.layers)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
 
 class Coverage:

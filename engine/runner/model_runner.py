@@ -19,9 +19,11 @@ from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
 from shoal.engine.runner.captured_steps import CapturedSteps
+from shoal.engine.runner.cuda_graphs import Capture, DecodeGraphs
 from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.sampler import Sampler, Samples
+from shoal.engine.sampling.transfer import to_device
 from shoal.kernels.dispatch import Operations
 
 
@@ -55,7 +57,9 @@ class ModelRunner:
         collectives: Collectives,
         links: StageLinks,
         drafter: Drafter | None = None,
+        capture: Capture | None = None,
     ) -> None:
+        """With `capture`, of a rank that is alone, steps that only decode run as graphs."""
         self._model = model
         self._kv = kv
         self._block_size = config.block_size
@@ -66,15 +70,21 @@ class ModelRunner:
         self._device = kv.pool.device
         self._rows = Rows(config.max_running_requests, max_model_len, config.block_size)
         self._sampler = Sampler(ops, config.model.eos_token_ids, config.model.vocab_size, topology, collectives)
-        self._captured: CapturedSteps | None = None
-        if topology.tensor_size == topology.num_stages == 1:
-            self._captured = CapturedSteps(
-                model, kv.layers, ops.new_capture(), hidden_size=config.model.hidden_size,
-                max_requests=config.max_running_requests, max_blocks=-(-max_model_len // config.block_size),
-            )  # fmt: skip
         # The token that was sampled last in each row: the next step may want it before the coordinator knows it, unless
-        # there were drafts.
-        self._sampled = torch.zeros(config.max_running_requests, dtype=torch.int64, device=self._device)  # [rows]
+        # there were drafts. The last place belongs to no row.
+        self._sampled = torch.zeros(config.max_running_requests + 1, dtype=torch.int64, device=self._device)
+        max_requests, max_blocks = config.max_running_requests, -(-max_model_len // config.block_size)
+        self._captured: CapturedSteps | None = None
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None and model.is_capturable:
+            self._graphs = DecodeGraphs(
+                model, kv, ops, self._sampled, most=max_requests, max_blocks=max_blocks, capture=capture
+            )
+        elif self._device.type == "cpu" and topology.tensor_size == topology.num_stages == 1:
+            self._captured = CapturedSteps(
+                model, kv.layers, ops.new_capture(), hidden_size=config.model.hidden_size, max_requests=max_requests,
+                max_blocks=max_blocks,
+            )  # fmt: skip
         self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
         self._max_steps_in_flight = config.max_steps_in_flight
         self._awaited: deque[tuple[int, Ints]] = deque()  # steps whose tokens come from the last stage, and their rows
@@ -112,10 +122,21 @@ class ModelRunner:
         """This rank's layers, and the draw where the last of them are."""
         if self._captured is not None and (logits := self._captured.logits(batch)) is not None:
             return self._sample(batch, logits) if len(logits) else None
+        if self._graphs is not None and self._graphs.can_run(batch):
+            return self._run_graphs(batch, self._graphs)
         hidden = self._forward(batch)
         if not self._topology.is_last_stage or not len(batch.sampled):
             return None
         return self._sample(batch, self._model.logits(hidden))
+
+    def _run_graphs(self, batch: StepBatch, graphs: DecodeGraphs) -> Samples | None:
+        hidden = graphs.forward(batch)  # [tokens, hidden]
+        settings = self._rows.sample_batch(batch)
+        if batch.samples_all and self._sampler.is_plain(settings):
+            return Samples(settings, graphs.draw(settings), [], None)
+        if not len(batch.sampled):
+            return None
+        return self._sample(batch, self._model.logits(hidden[self._tensor(batch.sampled_tokens)]))
 
     def _forward(self, batch: StepBatch) -> Tensor:
         """[tokens, hidden], of the last stage [samples, hidden]."""
@@ -173,7 +194,7 @@ class ModelRunner:
         return self._drafter.draft(self._rows, wanted, sampled)
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     def _forget(self, request_ids: tuple[RequestId, ...]) -> None:
         for request_id in request_ids:
@@ -181,5 +202,5 @@ class ModelRunner:
             self._sampler.forget(request_id)
 
     def _copy_blocks(self, plan: StepPlan) -> None:
-        pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self._device)  # [copies, 2]
+        pairs = self._tensor(np.array(plan.copies, np.int64))  # [copies, 2]
         self._ops.copy_blocks(self._kv.pool, pairs[:, 0].contiguous(), pairs[:, 1].contiguous())

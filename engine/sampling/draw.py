@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from shoal.engine.parallel.collectives import Collectives
@@ -12,6 +13,7 @@ from shoal.engine.parallel.topology import Topology
 from shoal.engine.sampling.batch import SampleBatch
 from shoal.engine.sampling.random_numbers import uniforms
 from shoal.engine.sampling.split_draw import SplitVocabularyDraw
+from shoal.engine.sampling.transfer import to_device
 from shoal.kernels.dispatch import Operations
 
 
@@ -30,12 +32,20 @@ class WholeVocabularyDraw:
         self._sample = ops.sample
 
     def __call__(self, logits: Tensor, batch: SampleBatch) -> Tensor:
-        is_greedy = not batch.temperature.any()
-        # [samples] float32; greedy rows do not look at it
-        draws = batch.temperature if is_greedy else uniforms(batch.seeds, batch.streams, batch.positions)
-        settings = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, draws)
-        tensors = [torch.from_numpy(values).to(logits.device, non_blocking=True) for values in settings]
-        return self._sample(logits, *tensors)
+        return self._sample(logits, *(to_device(values, logits.device) for values in draw_settings(batch).values()))
+
+
+def draw_settings(batch: SampleBatch) -> dict[str, npt.NDArray[np.generic]]:
+    """What kernels' `sample` takes beside the logits, in its order: [samples] each."""
+    is_greedy = not batch.temperature.any()
+    return {
+        "temperature": batch.temperature,
+        "top_k": batch.top_k,
+        "top_p": batch.top_p,
+        "min_p": batch.min_p,
+        # Greedy rows do not look at it.
+        "uniform": batch.temperature if is_greedy else uniforms(batch.seeds, batch.streams, batch.positions),
+    }
 
 
 def make_draw(ops: Operations, vocab_size: int, topology: Topology, collectives: Collectives) -> Draw:

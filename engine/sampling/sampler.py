@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from shoal.engine.sampling.batch import SampleBatch
 from shoal.engine.sampling.draw import make_draw
 from shoal.engine.sampling.logits import LogitsProcessor
 from shoal.engine.sampling.logprobs import Logprobs, logprobs_of
+from shoal.engine.sampling.transfer import to_device
 from shoal.kernels.dispatch import Operations
 
 
@@ -112,6 +114,11 @@ class Sampler:
     def has_processors(self) -> bool:
         return bool(self._processors)
 
+    def is_plain(self, batch: SampleBatch) -> bool:
+        """Whether the rows are drawn from logits as they are, and nothing but tokens is wanted of them."""
+        has_processors = bool(self._processors) and not self._processors.keys().isdisjoint(batch.request_ids)
+        return not has_processors and all(params.num_reported is None for params in batch.params)
+
     def learn(self, request_id: RequestId, start: int, token_ids: Sequence[int]) -> None:
         """Known tokens of a request from position `start` on: those that were accepted of what it drew with drafts."""
         if (processor := self._processors.get(request_id)) is not None:
@@ -152,4 +159,4 @@ class Sampler:
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:
     """Some rows of x [rows, ...], without a copy if they are all."""
-    return x if len(rows) == len(x) else x[torch.tensor(rows).to(x.device, non_blocking=True)]
+    return x if len(rows) == len(x) else x[to_device(np.array(rows), x.device)]

@@ -16,6 +16,7 @@ from shoal.engine.parallel.collectives import Collectives
 from shoal.engine.parallel.topology import Topology
 from shoal.engine.sampling.batch import SampleBatch
 from shoal.engine.sampling.random_numbers import uniforms
+from shoal.engine.sampling.transfer import to_device
 
 _DIGIT_BITS = 8
 _DIGITS = 1 << _DIGIT_BITS
@@ -39,7 +40,7 @@ class SplitVocabularyDraw:
         drawn = np.flatnonzero(batch.temperature)
         if len(drawn) == 0:
             return tokens
-        rows, device = _to_device(drawn, logits.device), logits.device
+        rows, device = to_device(drawn, logits.device), logits.device
         logits = logits[rows]  # [drawn, columns]
         weights = torch.exp((logits.double() - highest[rows]) / _column(batch.temperature[drawn], device))
         weights.masked_fill_(weights < _column(batch.min_p[drawn], device), 0.0)  # [drawn, columns]
@@ -62,11 +63,11 @@ class SplitVocabularyDraw:
         chosen = np.flatnonzero((top_k > 0) & (top_k < self._vocab_size))
         if len(chosen) == 0:
             return
-        rows = _to_device(chosen, logits.device)
+        rows = to_device(chosen, logits.device)
         own = logits[rows]
         highest = torch.topk(own, min(int(top_k[chosen].max()), own.shape[1]), sorted=False).values
         ordered = self._all_gather(highest).sort(dim=1, descending=True).values  # [rows, ranks * k]
-        lowest = ordered.gather(1, _to_device(top_k[chosen].astype(np.int64) - 1, logits.device).unsqueeze(1))
+        lowest = ordered.gather(1, to_device(top_k[chosen].astype(np.int64) - 1, logits.device).unsqueeze(1))
         weights[rows] = weights[rows].masked_fill_(own < lowest, 0.0)
 
     def _keep_top_p(self, weights: Tensor, logits: Tensor, top_p: npt.NDArray[np.float32]) -> None:
@@ -74,7 +75,7 @@ class SplitVocabularyDraw:
         chosen = np.flatnonzero(top_p < 1)
         if len(chosen) == 0:
             return
-        rows = _to_device(chosen, logits.device)
+        rows = to_device(chosen, logits.device)
         keys, kept = _ordered_keys(logits[rows]), weights[rows]
         total = self._all_gather(kept.sum(dim=1, keepdim=True)).sum(dim=1, keepdim=True)  # [rows, 1]
         lowest = self._lowest_kept(keys, kept, total * _column(top_p[chosen], logits.device))
@@ -119,8 +120,4 @@ def _ordered_keys(logits: Tensor) -> Tensor:
 
 def _column(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """[rows] -> [rows, 1] float64."""
-    return _to_device(values.astype(np.float64), device).unsqueeze(1)
-
-
-def _to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return to_device(values.astype(np.float64), device).unsqueeze(1)

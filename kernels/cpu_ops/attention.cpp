@@ -1,11 +1,11 @@
 // Paged attention, one path for decoding and for prompt chunks, reading the pool in the layout of kv_layout.h.
 //
 // A task is one request, one key head and some queries with all query heads of the group: its rows. The unit of keys is
-// a key vector: up to 16 neighbouring keys of a block, one per lane. Four of them make a tile, for which a few rows at a
+// a key vector: up to 16 neighbouring keys of a block, one per lane. Eight of them make a tile, for which a few rows at a
 // time compute scores = Q K^T, softmax weights and output += P V. Softmax is online (Milakov and Gimelshein, arXiv
 // 1805.02867) with one rescale per tile.
 //
-// Tiles start at multiples of four key vectors and partial results are merged in order every kPart vectors, whether or
+// Tiles start at multiples of eight key vectors and partial results are merged in order every kPart vectors, whether or
 // not the parts ran in parallel: a row's result is bitwise the same for every batch, chunking and number of threads.
 #include <omp.h>
 
@@ -19,7 +19,8 @@
 namespace shoal {
 namespace {
 
-constexpr int kTile = 4;               // key vectors of a tile
+constexpr int kHalf = 4;               // key vectors whose scores are computed together
+constexpr int kTile = 2 * kHalf;       // key vectors of a tile
 constexpr int kKeys = kTile * kLanes;  // keys of a tile
 constexpr int kPart = 32;              // key vectors of a part; a multiple of kTile
 constexpr int kTaskRows = 48;          // rows that share one pass over K and V
@@ -162,6 +163,7 @@ struct Tile {
   int key_stride;                      // elements between a key vector's words
   int positions[kTile], lanes[kTile];  // lanes: none for a vector that no row sees
   int first_word, end_word;            // of the values that rows see
+  int num_scored;                      // key vectors from the first to the last that rows see, in whole halves
   // Of the tile after this one, fetched meanwhile.
   std::array<const T*, kTile> next_keys, next_values;
 };
@@ -245,6 +247,7 @@ class Attention {
     Tile<T> tile;
     tile.key_stride = (p.block_size % kLanes ? kLanes : p.block_size) * M::kPack;
     tile.first_word = (first - base) * (kLanes / M::kPack), tile.end_word = (end - base) * (kLanes / M::kPack);
+    tile.num_scored = (end - base + kHalf - 1) / kHalf * kHalf;
     const bool is_last = end == seen.end;
     const Span after = is_last ? span_of(p, next) : Span{end, seen.end};
     for (int n = 0; n < kTile; ++n) {
@@ -304,12 +307,14 @@ class Attention {
   void add_rows(const Tile<T>& tile, int row, State state) {
     const int words = p.dim / M::kPack;
     const bool is_first = row == 0;
-    multiply_add<M, R, kTile>(
-        s.queries + (int64_t)row * words, words, words, s.scores, kKeys, nullptr,
-        [keys = tile.keys, next = tile.next_keys, stride = (int64_t)tile.key_stride, is_first](int w, int n) {
-          if (is_first) prefetch(next[n] + w * stride);
-          return M::words(keys[n] + w * stride);
-        });
+    for (int half = 0; half < tile.num_scored; half += kHalf)
+      multiply_add<M, R, kHalf>(
+          s.queries + (int64_t)row * words, words, words, s.scores + half * kLanes, kKeys, nullptr,
+          [keys = tile.keys.data() + half, next = tile.next_keys.data() + half, stride = (int64_t)tile.key_stride,
+           is_first](int w, int n) {
+            if (is_first) prefetch(next[n] + w * stride);
+            return M::words(keys[n] + w * stride);
+          });
     float keep[kLanes];
     soften(tile, row, R, state, keep);
     float* values = state.values + (int64_t)row * padded;
@@ -322,11 +327,12 @@ class Attention {
   template <int R, int N>
   SHOAL_INLINE void add_values(const Tile<T>& tile, int column, float* values, const float* keep, bool is_first) {
     const T* const* from = tile.values + tile.first_word;
-    const int64_t done = (int64_t)column / (4 * kLanes) * (kKeys / M::kPack);
+    constexpr int kWords = kHalf * kLanes / M::kPack;  // of a half
+    const int64_t done = (int64_t)column / (4 * kLanes) * kWords;
     multiply_add<M, R, N>(
         s.weights + tile.first_word, kKeys / M::kPack, tile.end_word - tile.first_word, values, padded, keep,
         [from, column, next = tile.next_values, done, is_first](int w, int n) {
-          if (is_first) prefetch(next[n] + (done + w) * kLanes * M::kPack);
+          if (is_first) prefetch(next[w / kWords * kHalf + n] + (done + w % kWords) * kLanes * M::kPack);
           return M::words(from[w] + (column + n * kLanes) * M::kPack);
         });
   }
@@ -339,7 +345,7 @@ class Attention {
       const int end = first_position + (row + r) / p.group() + 1, begin = p.window > 0 ? end - p.window : 0;
       Vec top = splat(kMinusInf);
 #pragma GCC unroll 4
-      for (int n = 0; n < kTile; ++n) {
+      for (int n = 0; n < tile.num_scored; ++n) {
         float* scores = s.scores + r * kKeys + n * kLanes;
         Vec score = load(scores) * score_scale;
         if (p.softcap > 0) score = p.softcap * kLog2E * tanh(score);
@@ -362,7 +368,7 @@ class Attention {
       float* sums = state.sums + (row + r) * kLanes;
       Vec sum = load(sums) * keep[r];
 #pragma GCC unroll 4
-      for (int n = 0; n < kTile; ++n) {
+      for (int n = 0; n < tile.num_scored; ++n) {
         const Vec weight = exp2_nonpositive(load(s.scores + r * kKeys + n * kLanes) - highest[r]);
         sum += weight;
         store((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shoal.kernels.cpu_ops.linear import gated_linear, linear, pack_linear
 from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.experts import PackedExperts
+from shoal.kernels.torch_ops.quantized import QuantizedWeight
 
 
-def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
+def pack_experts(
+    gate_up: Tensor | Sequence[QuantizedWeight], down: Tensor | Sequence[QuantizedWeight]
+) -> PackedExperts:
     return PackedExperts(tuple(map(pack_linear, gate_up)), tuple(map(pack_linear, down)), None)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from shoal.kernels.cpu_ops.activation import IS_GELU, gated_activation
 from shoal.kernels.cpu_ops.kernel import Kernel, empty
+from shoal.kernels.cpu_ops.quantized_linear import pack_quantized, quantized_linear
 from shoal.kernels.torch_ops import linear as plain
 from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.linear import PackedLinear
+from shoal.kernels.torch_ops.quantized import QuantizedWeight
 
 # The number of rows that oneDNN lays the weight out for. Measured: 8 to 1024 give the same times at 1 to 1024 rows
 # within noise, 1 is slower.
@@ -26,7 +28,9 @@ _PANEL = 48  # outputs of a panel, as in linear.cpp
 _pack, _multiply, _multiply_gated = Kernel("pack_panels"), Kernel("linear"), Kernel("gated_linear")
 
 
-def pack_linear(weight: Tensor) -> PackedLinear:
+def pack_linear(weight: Tensor | QuantizedWeight) -> PackedLinear:
+    if isinstance(weight, QuantizedWeight):
+        return pack_quantized(weight)
     packed = plain.pack_linear(weight)
     if weight.numel() == 0:
         return packed
@@ -42,6 +46,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
 def linear(
     x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
+    if packed.quantized is not None:
+        return quantized_linear(x, packed, packed.quantized, bias, out_dtype or x.dtype)
     if packed.layout == "panels":
         return _multiply_panels(x, packed, bias, out_dtype or x.dtype)
     if packed.layout == "onednn":
@@ -54,7 +60,7 @@ def linear(
 
 def gated_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: Activation) -> Tensor:
     inter = packed.out_features // 2
-    if packed.layout != "panels" or inter % _PANEL:
+    if packed.layout != "panels" or packed.quantized is not None or inter % _PANEL:
         return gated_activation(linear(x, packed, bias), activation)
     rows = _pairs(x, packed)
     out = empty((len(x), inter), x.dtype)

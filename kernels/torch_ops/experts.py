@@ -4,6 +4,7 @@ arXiv:1701.06538; gated as in Mixtral, arXiv:2401.04088).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from shoal.kernels.torch_ops.activation import Activation, gated_activation
 from shoal.kernels.torch_ops.linear import PackedLinear, linear, pack_linear
+from shoal.kernels.torch_ops.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,12 @@ class PackedExperts:
 
 
 def pack_experts(
-    gate_up: Tensor,  # [experts, 2 * inter, hidden]: gate, then up
-    down: Tensor,  # [experts, hidden, inter]
+    gate_up: Tensor | Sequence[QuantizedWeight],  # [experts, 2 * inter, hidden]: gate, then up
+    down: Tensor | Sequence[QuantizedWeight],  # [experts, hidden, inter]
 ) -> PackedExperts:
     """Keep the weights as they are. Raises ValueError where their shapes do not belong together."""
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
+        return PackedExperts(tuple(map(pack_linear, gate_up)), tuple(map(pack_linear, down)), None)
     num_experts, width, hidden = gate_up.shape
     if width % 2 or down.shape != (num_experts, hidden, width // 2):
         raise ValueError(

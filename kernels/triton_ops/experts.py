@@ -16,9 +16,11 @@ from shoal.kernels.torch_ops.activation import Activation
 from shoal.kernels.torch_ops.experts import PackedExperts
 from shoal.kernels.triton_ops.launch import IS_INTERPRETED, next_power_of_2
 
-_COLUMNS = 64
-_DEPTH = 64  # inputs that a product adds up at once
-_MAX_ROWS = 64
+_FEW_ROWS, _MAX_ROWS = 16, 64
+# Outputs of a program, and inputs that it adds up at once. With few rows the weights' way from memory is what takes
+# time: more programs, each with longer pieces of them on their way.
+_FEW_COLUMNS, _FEW_DEPTH = 32, 128
+_COLUMNS, _DEPTH = 64, 64
 _SUM_COLUMNS = 1024
 
 
@@ -136,17 +138,18 @@ def experts(x: Tensor, packed: PackedExperts, chosen: Tensor, weights: Tensor, a
     inner = torch.empty((len(order), width), dtype=x.dtype, device=x.device)
     terms = torch.empty((len(order), hidden), dtype=torch.float32, device=x.device)
 
-    rows = max(16, min(_MAX_ROWS, next_power_of_2(len(order) // num_experts)))
+    rows = max(_FEW_ROWS, min(_MAX_ROWS, next_power_of_2(len(order) // num_experts)))
+    columns, depth = (_FEW_COLUMNS, _FEW_DEPTH) if rows == _FEW_ROWS else (_COLUMNS, _DEPTH)
     most_tiles = len(order) // rows + min(len(order), num_experts)
     shape = {
-        "ROWS": rows, "COLUMNS": _COLUMNS, "DEPTH": _DEPTH, "EXPERTS": next_power_of_2(num_experts),
-        "IS_WIDENED": IS_INTERPRETED,
+        "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "EXPERTS": next_power_of_2(num_experts),
+        "IS_WIDENED": IS_INTERPRETED, "num_stages": 4 if x.element_size() == 2 else 2,
     }  # fmt: skip
-    _inner_kernel[(most_tiles, triton.cdiv(width, _COLUMNS))](
+    _inner_kernel[(most_tiles, triton.cdiv(width, columns))](
         x, gate_up, order, starts, inner, x.stride(0), num_experts, num_chosen, width, hidden,
         IS_GELU=activation == "gelu_tanh", **shape,
     )  # fmt: skip
-    _term_kernel[(most_tiles, triton.cdiv(hidden, _COLUMNS))](
+    _term_kernel[(most_tiles, triton.cdiv(hidden, columns))](
         inner, down, order, weights.contiguous(), starts, terms, num_experts, width, hidden, **shape
     )
     _sum_kernel[(tokens, triton.cdiv(hidden, _SUM_COLUMNS))](terms, out, num_chosen, hidden, COLUMNS=_SUM_COLUMNS)

@@ -14,7 +14,7 @@ from shoal.kernels.triton_ops.activation import gated_activation
 def linear(
     x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    if out_dtype in (None, x.dtype) or not x.is_cuda or bias is not None:
+    if out_dtype in (None, x.dtype) or not x.is_cuda or bias is not None or packed.quantized is not None:
         return plain.linear(x, packed, bias, out_dtype=out_dtype)
     return torch.mm(x, packed.weight.t(), out_dtype=out_dtype)
 

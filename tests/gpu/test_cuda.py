@@ -60,9 +60,12 @@ def test_norm_rotary_activation(ops, dtype):
 @pytest.mark.parametrize(
     "lengths", [[(1, 700)] * 5, [(1, 1), (33, 33), (7, 300), (130, 130)], [(1, 9000)]], ids=["decode", "mixed", "long"]
 )
-def test_attention(ops, dtype, window, softcap, lengths):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 8, 128), (8, 1, 128), (6, 6, 80), (4, 2, 256)]
+)
+def test_attention(ops, dtype, window, softcap, lengths, heads, kv_heads, head_dim):
     fast, slow = ops
-    heads, kv_heads, head_dim, block = 8, 2, 64, 16
+    block = 16
     num_blocks = sum(-(-context // block) for _, context in lengths) + 1
     pool = torch.randn(num_blocks, 3, 2, kv_heads, block, head_dim, device="cuda", dtype=dtype)
     order = (torch.randperm(num_blocks - 1) + 1).tolist()
@@ -77,6 +80,28 @@ def test_attention(ops, dtype, window, softcap, lengths):
     arguments = (q, pool[:, 1], tables.cuda(), starts, contexts, max(n for n, _ in lengths))
     options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
     close(fast.attention(*arguments, **options), slow.attention(*arguments, **options))
+
+
+def test_attention_in_a_graph_reads_lengths_from_the_device(ops):
+    """Recorded for padded rows, replayed for contexts of any length."""
+    fast, slow = ops
+    kv = torch.randn(600, 2, 8, 16, 128, device="cuda").bfloat16()
+    tables = (torch.randperm(596, device="cuda") + 1).int().view(4, 149)
+    q, starts = torch.randn(4, 32, 128, device="cuda").bfloat16(), torch.arange(5, device="cuda").int()
+    contexts = torch.zeros(4, dtype=torch.int32, device="cuda")
+    arguments = (kv, tables, starts, contexts, 1)
+    fast.attention(q, *arguments, scale=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fast.attention(q, *arguments, scale=0.1)
+    graph.replay()
+    assert not result.any()
+    for lens in ([1, 17, 2384, 300], [2000, 5, 64, 0]):
+        contexts.copy_(torch.tensor(lens))
+        graph.replay()
+        count = sum(length > 0 for length in lens)
+        expected = slow.attention(q[:count], kv, tables[:count], starts[: count + 1], contexts[:count], 1, scale=0.1)
+        close(result[:count], expected)
 
 
 def test_kv_write_and_sample(ops):
@@ -146,10 +171,11 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("has_graphs", [False, True])
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [17, 4096])
 @pytest.mark.parametrize("method", [None, "suffix", "draft_model"])
-def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is_async, method):
+def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is_async, method, has_graphs):
     """Speculation too, with the model as its own draft model."""
     import transformers
 
@@ -162,6 +188,7 @@ def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is
     options = EngineOptions(
         str(checkpoint), dtype="float32", device="cuda", num_blocks=400, max_step_tokens=max_step_tokens,
         max_running_requests=16, async_scheduling=is_async, speculative=speculative,
+        cuda_graphs=has_graphs,
     )  # fmt: skip
     config = resolve_options(options)
     core = EngineCore(config, LocalExecutor(config))
@@ -182,3 +209,37 @@ def test_engine_gives_the_tokens_of_transformers(checkpoint, max_step_tokens, is
         with torch.inference_mode():
             choices = model(ids).logits[0].argmax(-1).tolist()
         assert request.output_ids == choices[len(request.prompt_ids) - 1 : -1]
+
+
+def generate(checkpoint: Path, settings: list[SamplingParams], *, has_graphs: bool) -> list[list[int]]:
+    """A request more every other step, so that graphs of all sizes take turns."""
+    options = EngineOptions(
+        str(checkpoint), dtype="float32", device="cuda", num_blocks=300, max_running_requests=19, cuda_graphs=has_graphs
+    )
+    config = resolve_options(options)
+    core = EngineCore(config, LocalExecutor(config))
+    core.start()
+    rng = random.Random(0)
+    requests = [
+        Request(RequestId(str(i)), tuple(rng.choices(range(3, 990), k=1 + i % 40)), params, i, float(i))
+        for i, params in enumerate(settings)
+    ]
+    waiting = list(requests)
+    while waiting or core.has_work:
+        if waiting:
+            core.add(waiting.pop(0))
+        core.step()
+        core.step()
+    core.close()
+    return [request.output_ids for request in requests]
+
+
+@pytest.mark.parametrize("kinds", [2, 5])
+def test_graphs_change_no_token(checkpoint, kinds):
+    """Greedy and sampled ones, drawn in graphs; then also truncated ones, and those that take more than a token."""
+    changes = ({}, {"temperature": 0.0}, {"top_k": 30, "top_p": 0.9}, {"presence_penalty": 0.5}, {"logprobs": 3})
+    settings = [
+        SamplingParams(**{"temperature": 0.9, "max_tokens": 5 + i * 7 % 23, "seed": i, **changes[i % kinds]})
+        for i in range(40)
+    ]
+    assert generate(checkpoint, settings, has_graphs=True) == generate(checkpoint, settings, has_graphs=False)

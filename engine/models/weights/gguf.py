@@ -1,11 +1,10 @@
-"""Weights from a GGUF file: memory-mapped and dequantized tensor by tensor, under Hugging Face's names."""
+"""Weights from a GGUF file under Hugging Face's names: memory-mapped, dequantized tensor by tensor or not at all."""
 
 from __future__ import annotations
 
 import functools
 import mmap
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,54 +14,12 @@ from torch import Tensor
 
 from shoal.engine.config import ConfigError
 from shoal.engine.models.weights.gguf_file import GgufFile
+from shoal.engine.models.weights.gguf_names import GEMMA_ARCHITECTURES, hugging_face_tensors
 from shoal.engine.models.weights.stored import StoredTensor
-
-_WHOLE_NAMES: Mapping[str, str] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES: Mapping[str, str] = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_LAYER_NAMES: Mapping[str, str] = {
-    **_LAYER_NAMES,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-# By architecture. Matrices of experts are merged, expert by expert.
-_EXPERT_NAMES: Mapping[str, Mapping[str, str]] = {
-    "llama": {
-        "ffn_gate_inp": "block_sparse_moe.gate",
-        "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
-        "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
-        "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
-    },
-    "qwen3moe": {
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
-        "ffn_up_exps": "mlp.experts.{expert}.up_proj",
-        "ffn_down_exps": "mlp.experts.{expert}.down_proj",
-    },
-}
-_LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_IN_METADATA_ONLY = frozenset({"rope_freqs.weight"})  # belongs to the rotary configuration
+from shoal.kernels.dispatch import QuantizedType
 
 # Architectures whose q and k rows the GGUF converter interleaves for llama.cpp's pairwise rotary embedding.
 _INTERLEAVED = frozenset({"llama", "smollm3"})
-# Architectures whose norm weights the GGUF converter stores with Gemma's 1 added.
-_ONE_ADDED = frozenset({"gemma2", "gemma3"})
 
 
 class GgufSource:
@@ -73,12 +30,7 @@ class GgufSource:
         heads = int(file.metadata[f"{self._architecture}.attention.head_count"])
         kv_heads = int(file.metadata.get(f"{self._architecture}.attention.head_count_kv", heads))
         self._head_counts = {"q_proj": heads, "k_proj": kv_heads}
-        self.tensors: Mapping[str, StoredTensor] = dict(
-            part
-            for name, tensor in file.tensors.items()
-            if name not in _IN_METADATA_ONLY
-            for part in _experts_apart(self._hugging_face_name(name), tensor)
-        )
+        self.tensors: Mapping[str, StoredTensor] = hugging_face_tensors(file)
         self._bytes = _map(file.path)
         for name, tensor in self.tensors.items():
             if not _can_dequantize(tensor.dtype):
@@ -90,20 +42,42 @@ class GgufSource:
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
         """Dequantized to float32 (a view of the file where it stores float32)."""
         stored = self.tensors[name]
-        kind = GGMLQuantizationType[stored.dtype]
-        raw = self._bytes[stored.offset : stored.offset + stored.num_bytes]
-        if len(stored.shape) > 1:
-            raw = raw.reshape(stored.shape[0], -1)
-            if rows is not None:
-                raw = raw[rows.start : rows.stop]
-        values = torch.from_numpy(quants.dequantize(raw, kind))
+        values = torch.from_numpy(quants.dequantize(self._stored_rows(name, rows), GGMLQuantizationType[stored.dtype]))
         if len(stored.shape) == 1 and rows is not None:
             values = values[rows.start : rows.stop]
-        if self._architecture in _ONE_ADDED and name.endswith("norm.weight"):
+        if self._architecture in GEMMA_ARCHITECTURES and name.endswith("norm.weight"):
             values = values - 1.0
         if self._architecture in _INTERLEAVED:
             values = self._undo_interleaving(name, values, stored.shape[0])
         return values if columns is None else values[:, columns.start : columns.stop]
+
+    def read_blocks(
+        self, name: str, kind: QuantizedType, rows: range | None = None, columns: range | None = None
+    ) -> Tensor:
+        """Blocks of `kind` as in QuantizedWeight: as stored where the file has such ones, otherwise quantized again.
+
+        `columns` are whole blocks of 32 in number, and also where they start if they are not to be quantized again.
+        """
+        stored = self.tensors[name]
+        width, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        if stored.dtype != kind or (columns is not None and columns.start % width):
+            values = self.read(name, rows, columns).contiguous()
+            return torch.from_numpy(quants.quantize(values.numpy(), GGMLQuantizationType[kind]))
+        blocks = torch.from_numpy(self._stored_rows(name, rows))
+        if self._architecture in _INTERLEAVED:
+            blocks = self._undo_interleaving(name, blocks, stored.shape[0])
+        if columns is None:
+            return blocks
+        return blocks[:, columns.start // width * num_bytes : columns.stop // width * num_bytes]
+
+    def _stored_rows(self, name: str, rows: range | None) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """The bytes of a tensor: all of a vector, [rows, bytes of a row] of a matrix."""
+        stored = self.tensors[name]
+        raw = self._bytes[stored.offset : stored.offset + stored.num_bytes]
+        if len(stored.shape) == 1:
+            return raw
+        matrix = raw.reshape(stored.shape[0], -1)
+        return matrix if rows is None else matrix[rows.start : rows.stop]
 
     def _undo_interleaving(self, name: str, values: Tensor, num_rows: int) -> Tensor:
         """Row pairs (2i, 2i+1) of each q or k head back to (i, i + head_dim/2); whole heads only."""
@@ -112,28 +86,6 @@ class GgufSource:
             return values
         half = num_rows // head_count // 2
         return values.view(-1, half, 2, *values.shape[1:]).transpose(1, 2).flatten(0, 2)
-
-    def _hugging_face_name(self, name: str) -> str:
-        if name in _WHOLE_NAMES:
-            return _WHOLE_NAMES[name]
-        match = _LAYER_PATTERN.fullmatch(name)
-        names = _GEMMA_LAYER_NAMES if self._architecture in _ONE_ADDED else _LAYER_NAMES
-        layer_names = {**names, **_EXPERT_NAMES.get(self._architecture, {})}
-        if match is None or match[2] not in layer_names:
-            return name  # reported as superfluous by whoever compares names
-        return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
-
-
-def _experts_apart(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """A tensor under its name, or the matrix of each expert where `name` stands for all of them."""
-    if "{expert}" not in name:
-        yield name, tensor
-        return
-    num_experts, *shape = tensor.shape
-    num_bytes = tensor.num_bytes // num_experts
-    for expert in range(num_experts):
-        part = tensor._replace(shape=tuple(shape), offset=tensor.offset + expert * num_bytes, num_bytes=num_bytes)
-        yield name.replace("{expert}", str(expert)), part
 
 
 def _map(path: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -60,6 +60,7 @@ models:
       num_threads: 4
       seed: 9
       async_scheduling: false
+      cuda_graphs: false
       step_timeout: 60
       heartbeat_timeout: 2.5
     speculative: {method: suffix, num_speculative_tokens: 12, prompt_lookup_min: 3, adaptive: false}
@@ -80,7 +81,8 @@ ray: {address: auto}
     assert (options.dtype, options.block_size, options.max_step_tokens, options.seed) == ("bf16", 32, 512, 9)
     assert (options.scheduling_policy, options.max_running_requests, options.num_threads) == ("priority", 7, 4)
     assert (options.tensor_parallel, options.pipeline_parallel, options.stage_layers) == (2, 3, (10, 11, 9))
-    assert (options.async_scheduling, options.step_timeout_s, options.heartbeat_timeout_s) == (False, 60.0, 2.5)
+    assert (options.async_scheduling, options.cuda_graphs) == (False, False)
+    assert (options.step_timeout_s, options.heartbeat_timeout_s) == (60.0, 2.5)
     assert options.speculative == SpeculativeOptions(
         method="suffix", num_speculative_tokens=12, prompt_lookup_min=3, adaptive=False
     )

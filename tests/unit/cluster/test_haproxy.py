@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.cluster.commands.haproxy import HEADER_TIMEOUT_ENV, guarded_haproxy
+from shoal.cluster.commands.serve import own_environment
 
 CONFIGURATION = """global
     maxconn 10
@@ -42,3 +43,11 @@ def test_slow_headers_get_a_limit_once_however_often_it_starts(
         assert done.returncode == 0, done.stderr
     limit = f"defaults\n    timeout http-request {milliseconds}ms\n"
     assert path.read_text() == CONFIGURATION.replace("defaults\n", limit)
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(None, "1"), (2, "1"), (8, "2"), (64, "4")])
+def test_it_has_few_threads_where_there_are_few_cores(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int | None, num_threads: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: num_cores)
+    assert own_environment(header_timeout_s=10.0)["RAY_SERVE_HAPROXY_NBTHREAD"] == num_threads

@@ -222,25 +222,29 @@ def test_wrong_options_are_named(tmp_path):
         LLM(str(gguf_path()), kv_memory_bytes=1_000)
 
 
-def test_bfloat16_stays_close_to_float32(llm):
-    """Bitwise equality cannot be had in bf16; the log-probabilities of the fp32 tokens must stay within 0.35."""
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "gguf"}], ids=str)
+def test_bfloat16_and_weights_that_stay_quantized_are_close_to_float32(llm, options):
+    """Bitwise equality cannot be had; log-probabilities of the fp32 tokens must stay within 0.35, or 0.5 in 8 bits."""
+    is_quantized = "quantization" in options
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
     wide = llm.generate(FACTS[:8], params, use_tqdm=False)
-    with LLM(str(gguf_path()), dtype="bfloat16", kv_memory_bytes=100 * 2**20) as narrow:
+    with LLM(str(gguf_path()), kv_memory_bytes=100 * 2**20, **options) as narrow:
         close = narrow.generate(FACTS[:8], params, use_tqdm=False)
+        assert narrow.ranks[0].weight_bytes < llm.ranks[0].weight_bytes * (0.16 if is_quantized else 0.51)
     for a, b in zip(wide, close, strict=True):
         x, y = a.outputs[0].logprobs[0], b.outputs[0].logprobs[0]
         seen = dict(zip(y.top_ids, y.top_logprobs, strict=True))
         for token, logprob in list(zip(x.top_ids, x.top_logprobs, strict=True))[:3]:
             if token in seen:
-                assert abs(seen[token] - logprob) < 0.35
+                assert abs(seen[token] - logprob) < (0.5 if is_quantized else 0.35)
         assert len(set(x.top_ids) & set(y.top_ids)) >= 3
 
 
-def test_bfloat16_answers_are_the_same_bit_for_bit_in_any_company():
+@pytest.mark.parametrize("quantization", ["none", "gguf"])
+def test_bfloat16_answers_are_the_same_bit_for_bit_in_any_company(quantization):
     """Together, alone, in chunks of 24, and from a cached prefix: equal tokens and equal log-probabilities."""
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=24, logprobs=1)
-    options = {"dtype": "bfloat16", "kv_memory_bytes": 100 * 2**20}
+    options = {"dtype": "bfloat16", "quantization": quantization, "kv_memory_bytes": 100 * 2**20}
     prompts = [f"{FACTS[0]} Paris. {fact}" for fact in FACTS[:8]]
     with LLM(str(gguf_path()), **options) as llm:
         together = [result.outputs for result in llm.generate(prompts, params, use_tqdm=False)]

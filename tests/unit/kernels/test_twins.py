@@ -21,7 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from shoal.kernels.dispatch import Operations, operations, reference
+from shoal.kernels.dispatch import Operations, QuantizedType, QuantizedWeight, operations, reference
+from shoal.kernels.torch_ops.quantized import BLOCK_BYTES
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE: Literal["cpu", "cuda"] = "cuda" if IS_INTERPRETED else "cpu"
@@ -258,6 +259,26 @@ def gated_linear(draw: Draw, dtype: torch.dtype) -> Run:
     return run
 
 
+def rows(draw: Draw, dtype: torch.dtype) -> Run:
+    tokens, out, num_blocks, generator = (
+        tokens_of(draw),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 4)),
+        generator_of(draw),
+    )
+    kind: QuantizedType = draw(st.sampled_from(list(BLOCK_BYTES)))
+
+    def run(ops: Operations) -> tuple[Tensor, ...]:
+        g = generator()
+        blocks = torch.randint(256, (out, num_blocks, BLOCK_BYTES[kind]), dtype=torch.uint8, generator=g)
+        blocks[:, :, 1:4:2] &= 0b10111011  # scales and minima below 2
+        packed = ops.pack_linear(QuantizedWeight(blocks.flatten(1), kind))
+        assert (packed.out_features, packed.in_features, packed.quantized) == (out, 32 * num_blocks, kind)
+        return (ops.rows(packed, torch.randint(out, (tokens,), generator=g), dtype),)
+
+    return run
+
+
 def experts(draw: Draw, dtype: torch.dtype) -> Run:
     tokens, (hidden, inter), generator = tokens_of(draw), draw(st.tuples(*[st.integers(1, 70)] * 2)), generator_of(draw)
     num_experts = draw(st.integers(1, 9))
@@ -315,6 +336,7 @@ CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
     "pack_linear": linear,
     "linear": linear,
     "gated_linear": gated_linear,
+    "rows": rows,
     "pack_experts": experts,
     "experts": experts,
     "sample": sample,
@@ -339,19 +361,54 @@ def test_operation_equals_its_twin(name: str, data: st.DataObject, dtype: torch.
 
 if IS_INTERPRETED:
 
-    @pytest.mark.parametrize("window", [None, 300])
-    def test_split_context_equals_the_twin(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+    def test_attention_in_any_tiles_and_parts_equals_its_twin(data: st.DataObject, dtype: torch.dtype) -> None:
+        """Requests of both kinds, several tiles of one, more parts than keys. The last rows of a tile may be idle."""
         from shoal.kernels.triton_ops import attention as kernel
 
-        monkeypatch.setattr(kernel, "_splits", lambda *_: 4)
+        splits, rows, keys = data.draw(st.sampled_from([1, 2, 3, 7])), data.draw(st.sampled_from([16, 32])), 16
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "_num_splits", lambda *_: splits)
+            patch.setattr(kernel, "_FEW_ROWS", 16)
+            patch.setattr(kernel, "_MANY_ROWS", rows)
+            patch.setattr(kernel, "_PART_KEYS", data.draw(st.sampled_from([1, 32])))
+            patch.setattr(
+                kernel, "_shape", lambda _, rows, *__: kernel._Shape(max(16, kernel.next_power_of_2(rows)), keys, 4, 1)
+            )
+            run = attention(data.draw, dtype)
+            (result,), (expected,) = run(operations("cuda")), run(reference())
+        relative, absolute = TOLERANCE[dtype]
+        torch.testing.assert_close(result, expected, rtol=relative, atol=absolute)
+
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_split_context_equals_the_twin(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+        """With the tiles that serve, contexts of fewer parts than there are, and a row that pads a batch."""
+        from shoal.kernels.triton_ops import attention as kernel
+
+        monkeypatch.setattr(kernel, "_num_splits", lambda *_: 4)
         g = torch.Generator().manual_seed(0)
-        kv = torch.randn(80, 2, 1, 8, 16, generator=g)
-        q = torch.randn(3, 4, 16, generator=g)
-        arguments = (q, kv, torch.randperm(80, generator=g).int().view(2, 40), torch.tensor([0, 1, 3]).int(),
-                     torch.tensor([20, 301]).int(), 2)  # fmt: skip
-        expected = reference().attention(*arguments, scale=0.25, window=window)
-        result = kernel.attention(*arguments, scale=0.25, window=window)
+        kv, q = torch.randn(160, 2, 1, 8, 16, generator=g), torch.randn(5, 4, 16, generator=g)
+        tables = torch.randperm(160, generator=g).int().view(4, 40)
+        tables[3] = 2**20  # never read
+        starts, contexts = torch.tensor([0, 1, 3, 4, 5]).int(), torch.tensor([20, 301, 257, 0]).int()
+        options = {"scale": 0.25, "window": window}
+        expected = reference().attention(q[:4], kv, tables[:3], starts[:4], contexts[:3], 2, **options)
+        result = kernel.attention(q, kv, tables, starts, contexts, 2, **options)
+        assert not result[4].any()
+        result = result[:4]
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_drawing_from_several_blocks_equals_the_twin(data: st.DataObject) -> None:
+        from shoal.kernels.triton_ops import sampling as kernel
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "_BLOCK", 8)
+            run = sample(data.draw, torch.float32)
+            (result,), (expected,) = run(operations("cuda")), run(reference())
+        assert torch.equal(result, expected)
 
     @pytest.mark.parametrize("tokens", [1, 40, 120])
     def test_experts_with_no_one_and_several_tiles_equal_the_twin(tokens: int) -> None:
@@ -365,16 +422,6 @@ if IS_INTERPRETED:
         arguments = (x, packed, chosen, torch.rand(tokens, 2, generator=g), "silu")
         result, expected = operations("cuda").experts(*arguments), reference().experts(*arguments)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-
-    def test_merge_of_splits_equals_the_twin() -> None:
-        from shoal.kernels.torch_ops import attention as twin
-        from shoal.kernels.triton_ops import attention as kernel
-
-        outputs, lses = torch.randn(3, 5, 24), torch.randn(3, 5) * 30
-        lses[1:, 2] = lses[:, 4] = -torch.inf
-        out = torch.empty(5, 24)
-        kernel.merge_splits(outputs, lses, out)
-        torch.testing.assert_close(out[:4], twin.merge_splits(outputs, lses)[:4], rtol=1e-5, atol=1e-6)
 
 else:
 

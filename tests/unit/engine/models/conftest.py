@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from shoal.engine.config import EngineConfig, EngineOptions, Machine, resolve
+from shoal.engine.config import EngineConfig, EngineOptions, Machine, Quantization, resolve
 from shoal.engine.layers.attention import AttentionBatch
 from shoal.engine.models.registry import Model, load_model, read_model_config
 from shoal.engine.parallel.collectives import SingleRank
@@ -89,14 +92,55 @@ def _save_checkpoint(directory: Path, config_class: str, fields: dict[str, Any],
     return model
 
 
-def _open_config(path: Path, dtype: str = "float32") -> EngineConfig:
+def _open_config(path: Path, dtype: str = "float32", quantization: Quantization = "none") -> EngineConfig:
     machine = Machine(device="cpu", free_bytes=2**30, num_cores=1)
-    return resolve(EngineOptions(str(path), dtype=dtype), read_model_config(str(path)), machine)
+    options = EngineOptions(str(path), dtype=dtype, quantization=quantization)
+    return resolve(options, read_model_config(str(path)), machine)
 
 
-def _open_model(path: Path, dtype: str = "float32") -> tuple[EngineConfig, Model]:
-    config = _open_config(path, dtype)
+def _open_model(path: Path, dtype: str = "float32", quantization: Quantization = "none") -> tuple[EngineConfig, Model]:
+    config = _open_config(path, dtype, quantization)
     return config, load_model(config, reference(), SINGLE, SingleRank())
+
+
+def _save_gguf(path: Path, types: Sequence[str]) -> None:
+    """A random Llama. `types` are of q and k, v, o, gate, up, down, the table and the head, if that is another one."""
+    hidden, inner, heads, kv_heads, layers, vocab = 128, 192, 4, 2, 2, 199
+    qk, v, o, gate, up, down, table, *head = (Kind[name] for name in types)
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_eos_token_id(2)
+
+    def add(name: str, kind: Kind, *shape: int) -> None:
+        values = generator.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    kv_width = hidden // heads * kv_heads
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(hidden, np.float32))
+        add(f"blk.{layer}.attn_q.weight", qk, hidden, hidden)
+        add(f"blk.{layer}.attn_k.weight", qk, kv_width, hidden)
+        add(f"blk.{layer}.attn_v.weight", v, kv_width, hidden)
+        add(f"blk.{layer}.attn_output.weight", o, hidden, hidden)
+        add(f"blk.{layer}.ffn_gate.weight", gate, inner, hidden)
+        add(f"blk.{layer}.ffn_up.weight", up, inner, hidden)
+        add(f"blk.{layer}.ffn_down.weight", down, hidden, inner)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    add("token_embd.weight", table, vocab, hidden)
+    if head:
+        add("output.weight", head[0], vocab, hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(autouse=True)
@@ -111,14 +155,22 @@ def save_checkpoint() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def save_gguf() -> Callable[..., None]:
+    """save_gguf(path, types of q and k, v, o, gate, up, down, table[, head])."""
+    return _save_gguf
+
+
+@pytest.fixture(scope="session")
 def open_config() -> Callable[..., EngineConfig]:
-    """open_config(path, dtype="float32") -> EngineConfig."""
+    """open_config(path, dtype="float32", quantization="none") -> EngineConfig."""
     return _open_config
 
 
 @pytest.fixture(scope="session")
 def open_model() -> Callable[..., tuple[EngineConfig, Model]]:
-    """open_model(path, dtype="float32") -> (EngineConfig, Model) on one rank, with the torch twins."""
+    """open_model(path, dtype="float32", quantization="none") -> (EngineConfig, Model) on one rank, with the torch
+    twins.
+    """
     return _open_model
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shoal.engine.config import ConfigError
 from shoal.engine.models.registry import read_model_config
 from shoal.engine.models.weights.gguf import GgufSource
 from shoal.engine.models.weights.gguf_file import read_gguf_file
+from shoal.engine.models.weights.quantized import kept_type
 
 IDS = tuple((11 * index) % 190 + 3 for index in range(40))
 TOLERANCE = 1e-4  # |difference| of fp32 logits, whose range is about 10
@@ -151,8 +153,13 @@ def _add_experts(writer: Any, name: str, values: NDArray[Any], kind: Kind) -> ND
     return np.concatenate(restored, axis=1)
 
 
-def _write_gguf(path: Path, architecture: str, model: Any, kind: Kind) -> None:
-    """Write `model` as llama.cpp's converter would, and leave its own weights as they come back from storage."""
+def _write_gguf(
+    path: Path, architecture: str, model: Any, kind: Kind, others: Mapping[str, Kind] | None = None
+) -> None:
+    """Write `model` as llama.cpp's converter would, and leave its own weights as they come back from storage.
+
+    `others`: the types of matrices that are not stored as `kind`, by the last part of their names.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     _add_metadata(writer, config)
@@ -165,9 +172,10 @@ def _write_gguf(path: Path, architecture: str, model: Any, kind: Kind) -> None:
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(_add_experts(writer, name, values, kind)))
             continue
+        own = (others or {}).get(name.split(".")[-2], kind)
         if values.ndim == 2:
-            packed = gguf.quants.quantize(values, kind)
-            restored = gguf.quants.dequantize(packed, kind)
+            packed = gguf.quants.quantize(values, own)
+            restored = gguf.quants.dequantize(packed, own)
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(restored.copy()))
         else:
@@ -175,7 +183,7 @@ def _write_gguf(path: Path, architecture: str, model: Any, kind: Kind) -> None:
         part = name.split(".")[-2]
         if architecture in ("llama", "smollm3") and part in heads:
             packed = _interleave(packed, heads[part])
-        raw_dtype = kind if values.ndim == 2 else Kind.F32
+        raw_dtype = own if values.ndim == 2 else Kind.F32
         writer.add_tensor(_gguf_name(name, architecture), np.ascontiguousarray(packed), raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -202,6 +210,75 @@ def test_logits_equal_transformers_on_the_dequantized_weights(
     assert (paged_request(model, config).steps(IDS, 16) - expected).abs().max() <= TOLERANCE
 
 
+# What is kept is computed with by the torch twins, which dequantize it: the same numbers, the same logits.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama Q4_0",
+        "llama Q4_1",
+        "qwen2 Q8_0",
+        "smollm3 Q8_0",
+        "gemma2 Q8_0",
+        "mixtral Q8_0",
+        "qwen3 with experts Q4_0",
+    ],
+)
+def test_weights_that_stay_quantized_are_the_same_numbers(
+    name: str,
+    tmp_path: Path,
+    save_checkpoint: Callable[..., Any],
+    open_model: Callable[..., Any],
+    paged_request: Callable[..., Any],
+) -> None:
+    architecture, config_class, fields, kind = CASES[name]
+    oracle = save_checkpoint(tmp_path, config_class, fields)
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, architecture, oracle, kind)
+    with torch.inference_mode():
+        expected = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    config, model = open_model(path, quantization="gguf")
+    assert model.weight_bytes < 0.6 * open_model(path, "bfloat16")[1].weight_bytes
+    assert (paged_request(model, config).steps(IDS, 16) - expected).abs().max() <= TOLERANCE
+
+
+def test_matrices_of_other_types_and_mixed_ones_are_kept_as_q8_0(
+    tmp_path: Path,
+    save_checkpoint: Callable[..., Any],
+    open_model: Callable[..., Any],
+    paged_request: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    oracle = save_checkpoint(tmp_path, "LlamaConfig", {"num_hidden_layers": 2})
+    path = tmp_path / "model.gguf"
+    others = {"v_proj": Kind.Q8_0, "down_proj": Kind.Q5_1, "o_proj": Kind.F16, "embed_tokens": Kind.Q5_0}
+    _write_gguf(path, "llama", oracle, Kind.Q4_1, others)
+    with torch.inference_mode():
+        expected = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    with caplog.at_level(logging.INFO):
+        config, model = open_model(path, quantization="gguf")
+    assert "5 Q4_1, 4 Q4_1 as Q8_0, 1 Q5_0 as Q8_0, 2 Q5_1 as Q8_0, 2 Q8_0" in caplog.text
+    error = (paged_request(model, config).steps(IDS, 16) - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize(
+    ("stored", "columns", "kept"),
+    [
+        (["Q4_0"], range(64), "Q4_0"),
+        (["Q4_1", "Q4_1", "Q4_1"], range(32, 96), "Q4_1"),
+        (["Q4_0", "Q4_1"], range(64), "Q8_0"),
+        (["Q6_K"], range(256), "Q8_0"),
+        (["Q4_K", "Q6_K"], range(256), "Q8_0"),
+        (["Q4_0"], range(48, 112), "Q8_0"),  # blocks would be cut
+        (["Q4_0"], range(48), None),  # no whole blocks
+        (["F32"], range(64), None),
+        (["Q8_0", "F16"], range(64), None),
+    ],
+)
+def test_the_type_that_is_kept(stored: list[str], columns: range, kept: str | None) -> None:
+    assert kept_type(stored, columns) == kept
+
+
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.Q8_0])
 def test_rows_and_columns_of_a_quantized_tensor_are_those_of_the_whole(kind: Kind, tmp_path: Path) -> None:
     values_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
@@ -220,6 +297,17 @@ def test_rows_and_columns_of_a_quantized_tensor_are_those_of_the_whole(kind: Kin
     with np.errstate(all="ignore"):  # random bytes make huge scales
         whole = gguf.quants.dequantize(packed, kind)
     np.testing.assert_array_equal(part.numpy(), whole[2:5, 100:300])
+
+
+def test_columns_that_cut_blocks_are_quantized_again(tmp_path: Path, save_gguf: Callable[..., None]) -> None:
+    path, name = tmp_path / "model.gguf", "model.layers.0.mlp.down_proj.weight"
+    save_gguf(path, ["Q8_0"] * 7)
+    source = GgufSource(read_gguf_file(path))
+    for columns in (range(64, 128), range(48, 112)):
+        kept = gguf.quants.dequantize(source.read_blocks(name, "Q8_0", columns=columns).numpy(), Kind.Q8_0)
+        exact = source.read(name, columns=columns).numpy()
+        difference = np.abs(kept - exact).max() / np.abs(exact).max()
+        assert difference == 0 if columns.start == 64 else 0 < difference < 1 / 250
 
 
 @pytest.fixture(scope="module")

@@ -164,4 +164,4 @@ def test_a_step_of_the_most_tokens_stays_below_the_bound_for_activations(
         if topology.is_last_stage:
             model.logits(hidden[:NUM_ROWS])
     bound = ModelSizing(config).rank(topology).activation_bytes
-    assert memory.peak <= bound <= 2 * memory.peak
+    assert memory.peak <= bound <= 2.25 * memory.peak

@@ -132,6 +132,25 @@ def test_tensor_ranks_together_equal_one_rank(
     assert (found[:, vocab_size:] == -torch.inf).all()
 
 
+# Four ranks share 192 inner features in 48s, which are no whole blocks: the matrix that reads them is dequantized.
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_tensor_ranks_share_weights_that_stay_quantized(
+    kind: str, size: int, tmp_path: Path, save_gguf: Callable[..., None],
+    open_config: Callable[..., EngineConfig],
+) -> None:  # fmt: skip
+    path = tmp_path / "model.gguf"
+    save_gguf(path, [kind] * 7)
+    config = open_config(path, "float32", "gguf")
+    expected = _whole_logits(config)
+    parts = _tensor_parallel_logits(config, size)
+    found = torch.cat([logits for logits, _ in parts], dim=1)[:, : expected.shape[1]]
+    assert (found - expected).abs().max() <= TOLERANCE
+    if size == 2:
+        whole = load_model(config, reference(), SINGLE, SingleRank()).weight_bytes
+        assert sum(num_bytes for _, num_bytes in parts) < 1.1 * whole
+
+
 def test_tensor_ranks_share_the_memory(
     tmp_path: Path, save_checkpoint: Callable[..., Any], open_config: Callable[..., EngineConfig]
 ) -> None:

@@ -101,14 +101,15 @@ class LastTwo:
         kv: Sequence[Tensor],
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Answers the last two tokens [tokens, 2] as float32."""
+        """Answers the last two tokens [wanted, 2] as float32."""
         memory = kv[0][:, 0, 0, :, 0]  # [num_blocks, block_size]
         size = memory.shape[1]
         memory[attention.slots // size, attention.slots % size] = input_ids.to(memory.dtype)
         owners = torch.arange(len(attention.context_lens)).repeat_interleave(attention.query_starts.diff())  # [tokens]
         before = (positions - 1).clamp(min=0)  # [tokens]
         previous = memory[attention.block_tables[owners, before // size].long(), before % size]  # [tokens]
-        return torch.stack((previous, input_ids.to(memory.dtype)), dim=1)
+        pairs = torch.stack((previous, input_ids.to(memory.dtype)), dim=1)  # [tokens, 2]
+        return pairs if attention.wanted is None else pairs[attention.wanted.tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         previous, last = hidden.long().unbind(dim=1)
