@@ -73,12 +73,19 @@ def contestants(folder: Folder, threads: int) -> list[Contestant]:
         command = child(folder.python("onnxruntime"), "onnxruntime", model)
         return Contestant(name, "onnxruntime", precision, command)
 
+    def packed_shoal(precision: Precision, kind: str, model: Path | str) -> Contestant:
+        return shoal(f"shoal {kind}", precision, model, dtype="bfloat16", quantization="gguf")
+
+    packed: tuple[tuple[Precision, str], ...] = (("int8", "Q8_0"), ("int4", "Q4_0"))
+    made = [(precision, kind) for precision, kind in packed if folder.gguf(kind).exists()]  # by llama.cpp
     return [
         shoal(SHOAL, "16 bits", stored, dtype="bfloat16"),
         vllm("vllm, eager", is_compiled=False),
         vllm("vllm, compiled", is_compiled=True),
         llamacpp("llama.cpp BF16", "16 bits", "BF16"),
         openvino("openvino f16", "16 bits", folder.gguf("F16")),
+        *(packed_shoal(precision, kind, folder.gguf(kind)) for precision, kind in made),
+        packed_shoal("int4", "Q4_1", stored),
         llamacpp("llama.cpp Q8_0", "int8", "Q8_0"),
         llamacpp("llama.cpp Q4_0", "int4", "Q4_0"),
         openvino("openvino Q4_1", "int4", stored),

@@ -280,5 +280,6 @@ def test_shoal_itself_is_measured_where_nothing_else_is_installed(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "python bench/peers.py install vllm" in done.stderr
     result = json.loads((tmp_path / "peers.json").read_text())
-    assert list(result["contestants"]) == ["shoal"]
-    assert result["requests_4"]["tokens_per_s"]["shoal"] > 0
+    assert list(result["contestants"]) == ["shoal", "shoal Q4_1"]
+    assert list(result["requests_4"]["tokens_per_s"]) == ["shoal"]
+    assert result["requests_1"]["tokens_per_s"]["shoal Q4_1"] > 0
