@@ -132,7 +132,7 @@ def install_llamacpp(folder: Folder) -> None:
     if not source.exists():
         as_source = ("--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(home))
         step.run(*step.pip_command("download"), *as_source, PINNED["llamacpp"])
-        step.unpack(home / f"{source.name}.tar.gz", home)
+        step.unpack(home / f"{source.name}.tar.gz", source)
     build = home / "build"
     if not (build / "build.ninja").exists():
         options = [f"-D{name}={value}" for name, value in LLAMA_OPTIONS.items()]
@@ -175,7 +175,7 @@ INSTALLERS: Mapping[str, Callable[[Folder], None]] = {
 def make_hugging_face(folder: Folder) -> None:
     """The embedded model as a directory with bfloat16 weights in safetensors."""
     target = folder.hugging_face
-    if (target / "model.safetensors").exists():
+    if target.exists():
         return
     import torch
     import transformers
@@ -191,8 +191,10 @@ def make_hugging_face(folder: Folder) -> None:
     config.__dict__.pop("quantization_config", None)
     model = load.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
-    transformers.AutoTokenizer.from_pretrained(stored.parent, **where).save_pretrained(target)
-    model.save_pretrained(target)
+    part = target.with_suffix(".part")
+    transformers.AutoTokenizer.from_pretrained(stored.parent, **where).save_pretrained(part)
+    model.save_pretrained(part)
+    part.rename(target)
 
 
 def make_ggufs(folder: Folder) -> None:
@@ -245,9 +247,13 @@ class Steps:
         return [line for line in required if "extra ==" not in line]
 
     def unpack(self, archive: Path, target: Path) -> None:
+        """`target`: the archive's only folder."""
         print(f"{self._peer}: unpack {archive}", flush=True)
+        part = target.with_name("unpacked")
         with tarfile.open(archive) as opened:
-            opened.extractall(target, filter="data")
+            opened.extractall(part, filter="data")
+        (part / target.name).rename(target)
+        part.rmdir()
 
     def unpack_tcmalloc(self) -> None:
         """Debian's allocator, without installing it. Elsewhere vLLM runs without it, some percent slower."""
