@@ -361,7 +361,7 @@ def test_operation_equals_its_twin(name: str, data: st.DataObject, dtype: torch.
 
 if IS_INTERPRETED:
 
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def test_attention_in_any_tiles_and_parts_equals_its_twin(data: st.DataObject, dtype: torch.dtype) -> None:
         """Requests of both kinds, several tiles of one, more parts than keys. The last rows of a tile may be idle."""
@@ -399,7 +399,7 @@ if IS_INTERPRETED:
         result = result[:4]
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def test_drawing_from_several_blocks_equals_the_twin(data: st.DataObject) -> None:
         from shoal.kernels.triton_ops import sampling as kernel
