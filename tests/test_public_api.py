@@ -59,8 +59,8 @@ def test_offline_calls() -> None:
 
 def test_options_of_the_engine() -> None:
     assert field_names(EngineOptions) == [
-        "model", "dtype", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks", "memory_fraction",
-        "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
+        "model", "dtype", "quantization", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks",
+        "memory_fraction", "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
         "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
         "cuda_graphs", "speculative", "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
@@ -122,7 +122,7 @@ def test_commands_and_their_options() -> None:
             "--help", "--host", "--port", "--admin-host", "--admin-port", "--model-name", "--replicas", "--routing",
             "--tensor-parallel",
             "--pipeline-parallel", "--stages", "--node-labels", "--speculative",
-            "--dtype", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
+            "--dtype", "--quantization", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
             "--ray-address", "--verbose",
         ],
         "deploy": ["--help", "--ray-address", "--no-wait", "--timeout", "--verbose"],
@@ -130,7 +130,9 @@ def test_commands_and_their_options() -> None:
         "drain": ["--help", "--timeout", "--ray-address"],
         "config": ["--help"],
         "ray-env": ["--help"],
-        "plan": ["--help", "--gpus", "--dtype", "--max-model-len", "--max-running-requests", "--json"],
+        "plan": [
+            "--help", "--gpus", "--dtype", "--quantization", "--max-model-len", "--max-running-requests", "--json",
+        ],
         "chat": ["--help", "--url", "--message", "--model", "--system", "--temperature", "--max-tokens"],
         "status": ["--help", "--url", "--ray-address", "--json"],
         "why": ["--help", "--url", "--json"],
@@ -162,7 +164,8 @@ def test_keys_of_a_configuration_file() -> None:
         "routing", "autoscaling", "drain_timeout", "max_surge", "usd_per_hour",
     }  # fmt: skip
     assert set(EngineSettings.model_fields) == {
-        "dtype", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction", "max_step_tokens",
+        "dtype", "quantization", "device", "max_model_len", "block_size", "kv_memory", "memory_fraction",
+        "max_step_tokens",
         "max_running_requests", "prefix_caching", "scheduling_policy", "num_threads", "seed", "async_scheduling",
         "cuda_graphs", "step_timeout", "heartbeat_timeout",
     }  # fmt: skip
