@@ -60,8 +60,8 @@ def test_offline_calls() -> None:
 def test_options_of_the_engine() -> None:
     assert field_names(EngineOptions) == [
         "model", "dtype", "quantization", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks",
-        "memory_fraction", "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy", "watermark",
-        "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
+        "memory_fraction", "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy",
+        "watermark", "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
         "cuda_graphs", "speculative", "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
 
@@ -122,8 +122,8 @@ def test_commands_and_their_options() -> None:
             "--help", "--host", "--port", "--admin-host", "--admin-port", "--model-name", "--replicas", "--routing",
             "--tensor-parallel",
             "--pipeline-parallel", "--stages", "--node-labels", "--speculative",
-            "--dtype", "--quantization", "--device", "--max-model-len", "--kv-memory", "--max-running-requests", "--num-threads",
-            "--ray-address", "--verbose",
+            "--dtype", "--quantization", "--device", "--max-model-len", "--kv-memory", "--max-running-requests",
+            "--num-threads", "--ray-address", "--verbose",
         ],
         "deploy": ["--help", "--ray-address", "--no-wait", "--timeout", "--verbose"],
         "delete": ["--help", "--ray-address", "--timeout", "--shutdown-serve", "--verbose"],
