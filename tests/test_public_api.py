@@ -61,8 +61,8 @@ def test_options_of_the_engine() -> None:
     assert field_names(EngineOptions) == [
         "model", "dtype", "quantization", "device", "max_model_len", "block_size", "kv_memory_bytes", "num_blocks",
         "memory_fraction", "max_step_tokens", "max_running_requests", "enable_prefix_caching", "scheduling_policy",
-        "watermark", "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers", "async_scheduling",
-        "cuda_graphs", "speculative", "step_timeout_s", "heartbeat_timeout_s",
+        "watermark", "ageing_s", "num_threads", "seed", "tensor_parallel", "pipeline_parallel", "stage_layers",
+        "async_scheduling", "cuda_graphs", "speculative", "step_timeout_s", "heartbeat_timeout_s",
     ]  # fmt: skip
 
 
