@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ class KVStore:
         self.pool = torch.empty(layout.shape(num_blocks), dtype=dtype, device=device)
         # [num_blocks, 2, kv_heads, block_size, head_dim] each
         self.layers: tuple[Tensor, ...] = self.pool.unbind(1)
-        self._memory = _HostMemory(self.pool) if device.type == "cpu" else None
+        self._memory: _HostMemory | None = None
+        if device.type == "cpu":
+            self._memory = _HostMemory(self.pool.data_ptr(), self.num_bytes)
+            weakref.finalize(self, self._memory.close)
 
     @property
     def num_bytes(self) -> int:
@@ -46,31 +50,35 @@ class _HostMemory:
     It gives one at the first write to it, and takes a tenth of a prompt's time for that.
     """
 
-    def __init__(self, pool: Tensor) -> None:
-        self._pool = pool
-        self._num_bytes = pool.numel() * pool.element_size()
+    def __init__(self, address: int, num_bytes: int) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        self._start, self._end = -(-address // page) * page, (address + num_bytes) // page * page
         self._wanted = _AHEAD_BYTES
-        self._is_wanted = threading.Condition()
+        self._is_closed = False
+        self._changed = threading.Condition()
         threading.Thread(target=self._populate, name="kv-memory", daemon=True).start()
 
     def expect_use(self, end: int) -> None:
         """The first `end` bytes are in use."""
         if end + _AHEAD_BYTES // 2 > self._wanted:
-            with self._is_wanted:
+            with self._changed:
                 self._wanted = end + _AHEAD_BYTES
-                self._is_wanted.notify()
+                self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
 
     def _populate(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         madvise = ctypes.CDLL(None).madvise
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = -(-self._pool.data_ptr() // page) * page
-        end = (self._pool.data_ptr() + self._num_bytes) // page * page
-        for at in range(start, end, _CHUNK_BYTES):
-            with self._is_wanted:
-                while at - start >= self._wanted:
-                    self._is_wanted.wait()
-            size = min(_CHUNK_BYTES, end - at)
-            # Answers an error where the system is too old; pages then come as they are written to.
-            if madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
+        for at in range(self._start, self._end, _CHUNK_BYTES):
+            with self._changed:
+                while at - self._start >= self._wanted and not self._is_closed:
+                    self._changed.wait()
+            # An error where the system is too old; pages then come as they are written to. It writes nothing, so that
+            # memory which was given back meanwhile is none the worse.
+            size = min(_CHUNK_BYTES, self._end - at)
+            if self._is_closed or madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
                 return
