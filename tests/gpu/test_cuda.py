@@ -55,13 +55,20 @@ def test_norm_rotary_activation(ops, dtype):
     close(*pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 20.0)])
 @pytest.mark.parametrize(
     "lengths", [[(1, 700)] * 5, [(1, 1), (33, 33), (7, 300), (130, 130)], [(1, 9000)]], ids=["decode", "mixed", "long"]
 )
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 8, 128), (8, 1, 128), (6, 6, 80), (4, 2, 256)]
+    ("dtype", "heads", "kv_heads", "head_dim"),
+    [
+        (torch.float32, 8, 2, 64),
+        (torch.bfloat16, 8, 2, 64),
+        (torch.bfloat16, 32, 8, 128),
+        (torch.bfloat16, 8, 1, 128),
+        (torch.bfloat16, 6, 6, 80),
+        (torch.bfloat16, 4, 2, 256),
+    ],
 )
 def test_attention(ops, dtype, window, softcap, lengths, heads, kv_heads, head_dim):
     fast, slow = ops
