@@ -7,12 +7,12 @@
     python bench/peers.py all [names]       one after the other
 
 Names are those of peers: llamacpp, vllm, ray-llm, openvino, onnxruntime. Without any it is all of them; one that is not
-installed is left out. All are loaded at once (15 GiB), and those that wait for their turn are stopped. The first round
+installed is left out. All are loaded at once (11 GiB), and those that wait for their turn are stopped. The first round
 is not counted, and a turn in which other programs of the machine took part of the cores is taken again (six times at
 most; num_disturbed counts those that were not better then). Results stay in bench/results/ as peers.json and
 peers_http.json.
 
-Installing takes about 10 minutes and 6 GiB, a run of five rounds about 5 minutes each.
+Installing takes about 10 minutes and 7 GiB, a run of five rounds about 5 minutes each.
 """
 
 from __future__ import annotations
