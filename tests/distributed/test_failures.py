@@ -30,7 +30,7 @@ HEARTBEAT_TIMEOUT_S = 3.0
 # From a rank's end to the error: a poll is 0.1 s, the rest is for a machine that does much besides.
 PROMPT_S = 3.0
 TENSOR, PIPELINE = (2, 1), (1, 2)  # tensor_parallel, pipeline_parallel
-PROMPT_TOKENS = 1000
+PROMPT_TOKENS, ANSWER_TOKENS = 1000, 100
 
 
 class Processes(ProcessLauncher):
@@ -87,25 +87,29 @@ def a_group(
         assert not [pid for pid in pids if is_alive(pid)]
 
 
-def a_prompt(step: int) -> StepPlan:
-    """A long prompt, whole."""
+def a_prompt(step: int, *, is_first: bool = True) -> StepPlan:
+    """A long prompt, whole, in place of the one before if there was one."""
     token_ids = tuple(range(100, 100 + PROMPT_TOKENS))
     blocks = tuple(BlockId(index) for index in range(1, 70))
     params = SamplingParams(temperature=0.0)
     request = NewRequest(RequestId("a"), token_ids, PROMPT_TOKENS, 0, PROMPT_TOKENS, blocks, params, 0, 0)
-    return StepPlan(step, new=(request,), num_tokens=PROMPT_TOKENS)
+    finished = () if is_first else (request.request_id,)
+    return StepPlan(step, new=(request,), finished=finished, num_tokens=PROMPT_TOKENS)
 
 
 def decode(executor: GroupExecutor, stop: Callable[[], bool]) -> None:
-    """Generate, token by token."""
-    executor.submit(a_prompt(1))
-    (token,) = executor.collect().token_ids[RequestId("a")]
-    for step in range(2, 100):
+    """Generate, token by token, one answer after the other."""
+    token = 0
+    for step in range(1, 10_000):
+        num_generated = (step - 1) % ANSWER_TOKENS
+        if num_generated == 0:
+            executor.submit(a_prompt(step, is_first=step == 1))
+        else:
+            entry = ContinuedRequest(RequestId("a"), PROMPT_TOKENS + num_generated - 1, 1, (token,), ())
+            executor.submit(StepPlan(step, continued=(entry,), num_tokens=1))
+        (token,) = executor.collect().token_ids[RequestId("a")]
         if stop():
             return
-        entry = ContinuedRequest(RequestId("a"), PROMPT_TOKENS + step - 2, 1, (token,), ())
-        executor.submit(StepPlan(step, continued=(entry,), num_tokens=1))
-        (token,) = executor.collect().token_ids[RequestId("a")]
 
 
 def after(delay_s: float, send: signal.Signals, pid: int, ended: list[float]) -> None:
@@ -123,9 +127,8 @@ def idle(executor: GroupExecutor) -> None:
 
 
 def prefill(executor: GroupExecutor) -> None:
-    for step in range(1, 20):
-        plan = a_prompt(step)
-        executor.submit(StepPlan(step, plan.new, (), (RequestId("a"),) if step > 1 else (), (), plan.num_tokens))
+    for step in range(1, 1000):
+        executor.submit(a_prompt(step, is_first=step == 1))
         executor.collect()
 
 
