@@ -153,7 +153,7 @@ def test_two_stages_answer_as_one_rank_does(group: Any) -> None:
 
 
 def test_speculation_over_two_stages_says_the_same_in_fewer_steps(group: Any) -> None:
-    prompt = "Row, row, row your boat, gently down the stream. " * 3
+    prompt = "Row, row, row your boat, gently down the stream.\n" * 6  # no close choice: the next token leads by 0.6
     llm = LLM(locate_model(EMBEDDED_MODEL), num_threads=1, num_blocks=64)
     (alone,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24))
     whole = answer(group, prompt, 24)
