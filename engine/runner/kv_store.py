@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.engine.memory.kv_layout import KVLayout
 
-_AHEAD_BYTES = 256 * 2**20  # of host memory that is made ready before it is needed
+_AHEAD_BYTES = 64 * 2**20  # of host memory that is made ready before it is needed
 _CHUNK_BYTES = 4 * 2**20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _LOWEST_PRIORITY = 19
