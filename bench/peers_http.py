@@ -25,6 +25,7 @@ from shoal.cluster.config import EMBEDDED_MODEL
 
 RAY_LLM = Path(__file__).parent / "peers_ray_llm.py"
 SHOAL, VLLM, LLAMA_SERVER, RAY_SERVE_LLM = "shoal serve", "vllm serve", "llama-server", "Ray Serve LLM"
+SETTLE_S = 2.0  # `shoal serve` asks its own address before it says "ready", and ends if it gets no answer
 READY_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 30.0  # until a server that was stopped answers again
 ENGINE_OPTIONS = {  # vLLM's
@@ -143,6 +144,7 @@ class Server:
         with program.turn():
             self._wait_until_it_answers(workload, READY_TIMEOUT_S)
             self.ready_s = time.perf_counter() - start
+            time.sleep(SETTLE_S if contestant.peer == "shoal" else 0)
 
     @property
     def num_disturbed(self) -> int:
