@@ -35,9 +35,9 @@ from shoal.cluster.routing.serve_router import ShoalRouter
 
 APP_NAME = "shoal"
 
-# libgomp's threads spin before they sleep between the kernels of a step, some 300,000 times by default. Then a step takes
-# ten times as long when another busy process wants a core; with 3,000 they fall asleep whenever a gateway takes one for a
-# moment, which costs 3 to 7 % of the throughput over HTTP on two cores. This is between the two.
+# libgomp's threads spin before they sleep between the kernels of a step, some 300,000 times by default. Then a step
+# takes ten times as long when another busy process wants a core; with 3,000 they fall asleep whenever a gateway takes
+# one for a moment, which costs 3 to 7 % of the throughput over HTTP on two cores. This is between the two.
 THREAD_ENV = {"GOMP_SPINCOUNT": "30000"}
 # A replica whose engine has failed ends its process; Serve learns of it when the next check finds nobody.
 HEALTH_CHECK_PERIOD_S = 1.0
