@@ -18,7 +18,7 @@ from shoal.engine.sizing import ModelSizing
 from shoal.kernels.dispatch import operations
 
 IDS = tuple((11 * index) % 190 + 3 for index in range(70))
-# Of logits, relative in norm: inputs of each product are rounded to 8 bits, results to bfloat16. 0.022 to 0.030 were seen.
+# Of logits, relative in norm: inputs of each product are rounded to 8 bits, results to bfloat16 (0.022 to 0.030 seen).
 TOLERANCE = 0.045
 TYPES = {  # as save_gguf wants them
     "Q8_0": ["Q8_0"] * 8,
