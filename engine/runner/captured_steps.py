@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # Larger steps take so long that launching operations one by one costs nothing.
 MAX_TOKENS = 1024
 MAX_HIDDEN_ELEMENTS = 2**20
+MAX_SAMPLES = 64  # whose logits stay in memory
 MAX_CAPTURES = 256  # some tens of KiB each
 MAX_SEEN = 4096
 
@@ -58,7 +59,8 @@ class CapturedSteps:
     def logits(self, batch: StepBatch) -> Tensor | None:
         """[samples, vocabulary] as Model.logits. None for a step that has to run operation by operation."""
         shape = StepShape(len(batch.input_ids), len(batch.rows), len(batch.sampled))
-        if shape.tokens > self._max_tokens or not self._is_possible or len(batch.pending):
+        is_small = shape.tokens <= self._max_tokens and shape.samples <= MAX_SAMPLES
+        if not is_small or not self._is_possible or len(batch.pending):
             return None
         if shape in self._captured:
             self._fill(batch, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import weakref
 
@@ -30,7 +31,7 @@ class KVStore:
         # [num_blocks, 2, kv_heads, block_size, head_dim] each
         self.layers: tuple[Tensor, ...] = self.pool.unbind(1)
         self._memory: _HostMemory | None = None
-        if device.type == "cpu":
+        if device.type == "cpu" and sys.platform == "linux":
             self._memory = _HostMemory(self.pool.data_ptr(), self.num_bytes)
             weakref.finalize(self, self._memory.close)
 

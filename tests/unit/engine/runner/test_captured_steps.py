@@ -146,7 +146,14 @@ def test_a_capture_of_chunks_gives_the_logits_that_are_wanted(samples: list[int]
     assert (recorder.num_captured, recorder.num_replayed) == (1, 2)
 
 
-@pytest.mark.parametrize("batch", [batch_of([captured_steps.MAX_TOKENS + 1], 0), batch_of([1, 1], 0, num_pending=1)])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        batch_of([captured_steps.MAX_TOKENS + 1], 0, samples=[1]),
+        batch_of([captured_steps.MAX_SAMPLES + 1], 0),
+        batch_of([1, 1], 0, num_pending=1),
+    ],
+)
 def test_other_steps_run_operation_by_operation(batch: StepBatch) -> None:
     recorder = Recorder()
     runner = steps(recorder)
