@@ -94,7 +94,7 @@ class Operations:
     pack_linear: Callable[[Tensor | QuantizedWeight], PackedLinear]
     linear: Linear
     gated_linear: Callable[[Tensor, PackedLinear, Tensor | None, Activation], Tensor]
-    rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
+    quantized_rows: Callable[[PackedLinear, Tensor, torch.dtype], Tensor]
     pack_experts: Callable[[Tensor | Sequence[QuantizedWeight], Tensor | Sequence[QuantizedWeight]], PackedExperts]
     experts: Callable[[Tensor, PackedExperts, Tensor, Tensor, Activation], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ def reference() -> Operations:
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
-        rows=linear.rows,
+        quantized_rows=linear.quantized_rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,
@@ -170,7 +170,7 @@ def _cpu() -> Operations:
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
-        rows=quantized_linear.rows,
+        quantized_rows=quantized_linear.quantized_rows,
         pack_experts=experts.pack_experts,
         experts=experts.experts,
         sample=sampling.sample,

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from shoal.engine.core import EngineCore
 from shoal.engine.request import Request, RequestId, SamplingParams
-from shoal.engine.runner.cuda_graphs import Capture
+from shoal.engine.runner.cuda_graphs import GraphCapture
 from shoal.kernels.dispatch import Operations, reference
 
 TOLERANCE = 2e-2  # of bfloat16
 NUM_NEW = 24
 
 
-def check_all(ops: Operations, device: torch.device, capture: Capture, *, is_tiny: bool) -> Iterator[tuple[str, bool]]:
+def check_all(
+    ops: Operations, device: torch.device, capture: GraphCapture, *, is_tiny: bool
+) -> Iterator[tuple[str, bool]]:
     """What was compared, and whether it was the same."""
     for name, results in _kernel_results(ops, device, is_tiny=is_tiny):
         difference = max(largest_difference(*pair) for pair in results)
@@ -89,7 +91,7 @@ def _attention_results(ops: Operations, device: torch.device, lens: list[tuple[i
 
 
 def _greedy(
-    shape: str, ops: Operations, device: torch.device, capture: Capture | None, *, is_tiny: bool
+    shape: str, ops: Operations, device: torch.device, capture: GraphCapture | None, *, is_tiny: bool
 ) -> list[list[int]]:
     """What a tiny model says to some prompts. In float32: in bfloat16, padding a batch can decide between tokens."""
     model = make_model(shape, ops, device, is_tiny=True, dtype=torch.float32)

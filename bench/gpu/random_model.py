@@ -22,7 +22,7 @@ from shoal.engine.parallel.collectives import SingleRank
 from shoal.engine.parallel.pipeline import SingleStage
 from shoal.engine.parallel.topology import SINGLE
 from shoal.engine.plan import StepPlan, StepResult
-from shoal.engine.runner.cuda_graphs import Capture
+from shoal.engine.runner.cuda_graphs import GraphCapture
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.runner.model_runner import ModelRunner, PendingStep
 from shoal.kernels.dispatch import Operations, QuantizedWeight
@@ -147,7 +147,12 @@ class RandomExecutor:
     """An Executor of one rank over a model that is there. `capture` records decode steps, if it is given."""
 
     def __init__(
-        self, config: EngineConfig, model: RandomModel, ops: Operations, device: torch.device, capture: Capture | None
+        self,
+        config: EngineConfig,
+        model: RandomModel,
+        ops: Operations,
+        device: torch.device,
+        capture: GraphCapture | None,
     ) -> None:
         self._config = config
         self._model = model

@@ -37,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from shoal.engine.core import EngineCore  # noqa: E402
 from shoal.engine.request import Request, RequestId, SamplingParams  # noqa: E402
-from shoal.engine.runner.cuda_graphs import Capture, CudaCapture, Replay  # noqa: E402
+from shoal.engine.runner.cuda_graphs import CudaCapture, GraphCapture, Replay  # noqa: E402
 from shoal.kernels.dispatch import Operations, operations  # noqa: E402
 from shoal.kernels.triton_ops import attention  # noqa: E402
 
@@ -278,12 +278,12 @@ def at_least(what: str, share: float, goal: float | None) -> Line:
     return Line(what, f"{share:.0%}", f"at least {goal:.0%}", share >= goal)
 
 
-def _capture() -> Capture:
+def _capture() -> GraphCapture:
     return _rerun if IS_TINY else CudaCapture()
 
 
 def _rerun(run: Replay) -> Replay:
-    """A Capture where there are no graphs."""
+    """A GraphCapture where there are no graphs."""
     return run
 
 

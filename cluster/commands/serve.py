@@ -42,8 +42,9 @@ OBJECT_STORE_BYTES: Final = 128 * 2**20  # nothing large goes through Ray
 INTERRUPT_WAIT_S: Final = 10.0  # for open requests after Ctrl-C; after SIGTERM it is the configuration's drain_timeout
 DELETE_WAIT_S: Final = 10.0  # for replicas that have nothing left
 EXIT_WAIT_S: Final = 5.0
-# Of HAProxy. One thread passes on more tokens than a gateway makes. Each has to be woken for its share of a step's: on
-# two cores one thread takes 15 us a token at 32 streams, Ray's four take 22.
+# Of HAProxy, by a variable that Ray 2.60 reads and does not document. One thread passes on more tokens than a gateway
+# makes. Each has to be woken for its share of a step's: on two cores one thread takes 15 us a token at 32 streams, Ray's
+# four take 22.
 CORES_PER_PROXY_THREAD: Final = 4
 MAX_PROXY_THREADS: Final = 4
 

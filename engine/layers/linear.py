@@ -29,7 +29,7 @@ class Linear:
         self._bias = bias  # [out]
         self._linear = ops.linear
         self._gated_linear = ops.gated_linear
-        self._rows = ops.rows
+        self._quantized_rows = ops.quantized_rows
 
     @property
     def is_plain(self) -> bool:
@@ -42,7 +42,7 @@ class Linear:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a quantized weight: ids [tokens] int64 -> [tokens, in]."""
-        return self._rows(self._packed, ids, dtype)
+        return self._quantized_rows(self._packed, ids, dtype)
 
 
 class ColumnParallelLinear(Linear):

@@ -29,7 +29,7 @@ Array = npt.NDArray[np.generic]
 Replay = Callable[[], Tensor]
 
 
-class Capture(Protocol):
+class GraphCapture(Protocol):
     """Records what `run` makes the device do. The answer repeats it, and gives what it computed, in the same memory."""
 
     def __call__(self, run: Replay) -> Replay: ...
@@ -81,7 +81,7 @@ class DecodeGraphs:
         *,
         most: int,
         max_blocks: int,
-        capture: Capture,
+        capture: GraphCapture,
     ) -> None:
         """`sampled` [rows + 1] int64 has the last token of each row; the last place is written by rows that pad.
 

@@ -19,7 +19,7 @@ from shoal.engine.plan import StepPlan, StepResult
 from shoal.engine.request import RequestId
 from shoal.engine.runner.batch import Ints, Rows, StepBatch
 from shoal.engine.runner.captured_steps import CapturedSteps
-from shoal.engine.runner.cuda_graphs import Capture, DecodeGraphs
+from shoal.engine.runner.cuda_graphs import DecodeGraphs, GraphCapture
 from shoal.engine.runner.drafter import Drafter
 from shoal.engine.runner.kv_store import KVStore
 from shoal.engine.sampling.sampler import Sampler, Samples
@@ -57,7 +57,7 @@ class ModelRunner:
         collectives: Collectives,
         links: StageLinks,
         drafter: Drafter | None = None,
-        capture: Capture | None = None,
+        capture: GraphCapture | None = None,
     ) -> None:
         """With `capture`, of a rank that is alone, steps that only decode run as graphs."""
         self._model = model

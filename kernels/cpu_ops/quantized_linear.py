@@ -44,7 +44,7 @@ def quantized_linear(
     return out
 
 
-def rows(packed: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def quantized_rows(packed: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
     assert packed.quantized is not None
     out = empty((len(ids), packed.in_features), dtype)
     ids = ids.contiguous()

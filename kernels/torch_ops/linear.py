@@ -76,12 +76,12 @@ def gated_linear(
     return gated_activation(linear(x, packed, bias), activation)
 
 
-def rows(
+def quantized_rows(
     packed: PackedLinear,  # quantized
     ids: Tensor,  # [tokens] int64, each below out_features
     dtype: torch.dtype,
 ) -> Tensor:  # [tokens, in_features]
     """Rows of a quantized weight, as an embedding table is read. Raises ValueError where it is not quantized."""
     if packed.quantized is None:
-        raise ValueError("rows reads quantized weights")
+        raise ValueError("quantized_rows reads quantized weights")
     return dequantize(packed.weight[ids], packed.quantized).to(dtype)

@@ -24,9 +24,8 @@ def kept_type(stored: Sequence[str], columns: range) -> KeptType | None:
     """
     if len(columns) % BLOCK_INPUTS or not PLAIN_TYPES.isdisjoint(stored):
         return None
-    first = stored[0]
-    is_kept = _can_be_kept(first) and len(set(stored)) == 1 and columns.start % BLOCK_INPUTS == 0
-    return first if is_kept and _can_be_kept(first) else "Q8_0"
+    first, *others = set(stored)
+    return first if _can_be_kept(first) and not others and columns.start % BLOCK_INPUTS == 0 else "Q8_0"
 
 
 def _can_be_kept(stored: str) -> TypeGuard[KeptType]:

@@ -69,7 +69,7 @@ def test_golden_bytes(kind: QuantizedType) -> None:
     table = operations("cpu")
     ids = torch.tensor([6, 0, 3, 3])
     for dtype in DTYPES:
-        found = table.rows(table.pack_linear(weight), ids, dtype)
+        found = table.quantized_rows(table.pack_linear(weight), ids, dtype)
         assert torch.equal(found, numbers(weight)[ids].to(dtype))
 
 
@@ -150,7 +150,7 @@ def test_panels_take_the_bytes_that_blocks_took_and_zeros_are_zeros(kind: Quanti
     packed = table.pack_linear(padded)
     assert (packed.out_features, packed.in_features, packed.quantized) == (69, 96, kind)
     assert (table.linear(torch.randn(3, 96), packed)[:, 64:] == 0).all()
-    assert (table.rows(packed, torch.arange(64, 69), torch.float32) == 0).all()
+    assert (table.quantized_rows(packed, torch.arange(64, 69), torch.float32) == 0).all()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names CPUs of x86")

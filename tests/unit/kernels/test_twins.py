@@ -259,7 +259,7 @@ def gated_linear(draw: Draw, dtype: torch.dtype) -> Run:
     return run
 
 
-def rows(draw: Draw, dtype: torch.dtype) -> Run:
+def quantized_rows(draw: Draw, dtype: torch.dtype) -> Run:
     tokens, out, num_blocks, generator = (
         tokens_of(draw),
         draw(st.integers(1, 70)),
@@ -274,7 +274,7 @@ def rows(draw: Draw, dtype: torch.dtype) -> Run:
         blocks[:, :, 1:4:2] &= 0b10111011  # scales and minima below 2
         packed = ops.pack_linear(QuantizedWeight(blocks.flatten(1), kind))
         assert (packed.out_features, packed.in_features, packed.quantized) == (out, 32 * num_blocks, kind)
-        return (ops.rows(packed, torch.randint(out, (tokens,), generator=g), dtype),)
+        return (ops.quantized_rows(packed, torch.randint(out, (tokens,), generator=g), dtype),)
 
     return run
 
@@ -336,7 +336,7 @@ CASES: dict[str, Callable[[Draw, torch.dtype], Run]] = {
     "pack_linear": linear,
     "linear": linear,
     "gated_linear": gated_linear,
-    "rows": rows,
+    "quantized_rows": quantized_rows,
     "pack_experts": experts,
     "experts": experts,
     "sample": sample,

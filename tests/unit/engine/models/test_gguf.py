@@ -14,6 +14,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shoal.engine.config import ConfigError
 from shoal.engine.models.registry import read_model_config
@@ -191,6 +192,20 @@ def _write_gguf(
     writer.close()
 
 
+def _expected_of_file(name: str, path: Path, save_checkpoint: Callable[..., Any]) -> Tensor:
+    """Write a case to `path`; transformers' logits [tokens, vocab] of what was written."""
+    architecture, config_class, fields, kind = CASES[name]
+    oracle = save_checkpoint(path.parent, config_class, fields)
+    _write_gguf(path, architecture, oracle, kind)
+    return _logits_of(oracle)
+
+
+def _logits_of(oracle: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    return logits
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_on_the_dequantized_weights(
     name: str,
@@ -199,12 +214,7 @@ def test_logits_equal_transformers_on_the_dequantized_weights(
     open_model: Callable[..., Any],
     paged_request: Callable[..., Any],
 ) -> None:
-    architecture, config_class, fields, kind = CASES[name]
-    oracle = save_checkpoint(tmp_path, config_class, fields)
-    path = tmp_path / "model.gguf"
-    _write_gguf(path, architecture, oracle, kind)
-    with torch.inference_mode():
-        expected = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    expected = _expected_of_file(name, path := tmp_path / "model.gguf", save_checkpoint)
     config, model = open_model(path)
     assert config.model.eos_token_ids == (2, 5)
     assert (paged_request(model, config).steps(IDS, 16) - expected).abs().max() <= TOLERANCE
@@ -230,12 +240,7 @@ def test_weights_that_stay_quantized_are_the_same_numbers(
     open_model: Callable[..., Any],
     paged_request: Callable[..., Any],
 ) -> None:
-    architecture, config_class, fields, kind = CASES[name]
-    oracle = save_checkpoint(tmp_path, config_class, fields)
-    path = tmp_path / "model.gguf"
-    _write_gguf(path, architecture, oracle, kind)
-    with torch.inference_mode():
-        expected = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    expected = _expected_of_file(name, path := tmp_path / "model.gguf", save_checkpoint)
     config, model = open_model(path, quantization="gguf")
     assert model.weight_bytes < 0.6 * open_model(path, "bfloat16")[1].weight_bytes
     assert (paged_request(model, config).steps(IDS, 16) - expected).abs().max() <= TOLERANCE
@@ -252,8 +257,7 @@ def test_matrices_of_other_types_and_mixed_ones_are_kept_as_q8_0(
     path = tmp_path / "model.gguf"
     others = {"v_proj": Kind.Q8_0, "down_proj": Kind.Q5_1, "o_proj": Kind.F16, "embed_tokens": Kind.Q5_0}
     _write_gguf(path, "llama", oracle, Kind.Q4_1, others)
-    with torch.inference_mode():
-        expected = oracle(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    expected = _logits_of(oracle)
     with caplog.at_level(logging.INFO):
         config, model = open_model(path, quantization="gguf")
     assert "5 Q4_1, 4 Q4_1 as Q8_0, 1 Q5_0 as Q8_0, 2 Q5_1 as Q8_0, 2 Q8_0" in caplog.text
