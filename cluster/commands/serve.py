@@ -43,8 +43,8 @@ INTERRUPT_WAIT_S: Final = 10.0  # for open requests after Ctrl-C; after SIGTERM 
 DELETE_WAIT_S: Final = 10.0  # for replicas that have nothing left
 EXIT_WAIT_S: Final = 5.0
 # Of HAProxy, by a variable that Ray 2.60 reads and does not document. One thread passes on more tokens than a gateway
-# makes. Each has to be woken for its share of a step's: on two cores one thread takes 15 us a token at 32 streams, Ray's
-# four take 22.
+# makes. Each has to be woken for its share of a step: on two cores one takes 15 us a token at 32 streams, and four, as
+# Ray has it, 22.
 CORES_PER_PROXY_THREAD: Final = 4
 MAX_PROXY_THREADS: Final = 4
 
