@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # Larger steps take so long that launching operations one by one costs nothing.
 MAX_TOKENS = 1024
 MAX_HIDDEN_ELEMENTS = 2**20
-MAX_SAMPLES = 64  # whose logits stay in memory
+MAX_LOGITS = 2**24  # of a step: 64 MiB, which stay taken
 MAX_CAPTURES = 256  # some tens of KiB each
 MAX_SEEN = 4096
 
@@ -40,8 +40,8 @@ class CapturedSteps:
     """
 
     def __init__(
-        self, model: Model, kv: Sequence[Tensor], capture: Capture, *, hidden_size: int, max_requests: int,
-        max_blocks: int,
+        self, model: Model, kv: Sequence[Tensor], capture: Capture, *, hidden_size: int, vocab_size: int,
+        max_requests: int, max_blocks: int,
     ) -> None:  # fmt: skip
         """`max_blocks`: of one request."""
         self._model = model
@@ -51,6 +51,7 @@ class CapturedSteps:
         self._seen: set[StepShape] = set()
         self._captured: dict[StepShape, tuple[Tensor, Callable[[], None]]] = {}  # the one used last at the end
         self._max_tokens = min(MAX_TOKENS, MAX_HIDDEN_ELEMENTS // hidden_size)
+        self._max_samples = MAX_LOGITS // vocab_size
         self._input_ids, self._positions, self._slots, self._sampled_tokens = np.zeros((4, self._max_tokens), np.int64)
         self._block_tables = np.zeros((max_requests, max_blocks), np.int32)
         self._query_starts, self._sample_starts = np.zeros((2, max_requests + 1), np.int32)
@@ -59,7 +60,7 @@ class CapturedSteps:
     def logits(self, batch: StepBatch) -> Tensor | None:
         """[samples, vocabulary] as Model.logits. None for a step that has to run operation by operation."""
         shape = StepShape(len(batch.input_ids), len(batch.rows), len(batch.sampled))
-        is_small = shape.tokens <= self._max_tokens and shape.samples <= MAX_SAMPLES
+        is_small = shape.tokens <= self._max_tokens and shape.samples <= self._max_samples
         if not is_small or not self._is_possible or len(batch.pending):
             return None
         if shape in self._captured:

@@ -82,8 +82,8 @@ class ModelRunner:
             )
         elif self._device.type == "cpu" and topology.tensor_size == topology.num_stages == 1:
             self._captured = CapturedSteps(
-                model, kv.layers, ops.new_capture(), hidden_size=config.model.hidden_size, max_requests=max_requests,
-                max_blocks=max_blocks,
+                model, kv.layers, ops.new_capture(), hidden_size=config.model.hidden_size,
+                vocab_size=config.model.vocab_size, max_requests=max_requests, max_blocks=max_blocks,
             )  # fmt: skip
         self._feeds_tokens = config.async_scheduling and topology.num_stages > 1
         self._max_steps_in_flight = config.max_steps_in_flight

@@ -106,7 +106,7 @@ def expected(batch: StepBatch) -> Tensor:
 
 
 def steps(capture: Callable[..., object]) -> CapturedSteps:
-    return CapturedSteps(SumModel(), (), capture, hidden_size=1, max_requests=40, max_blocks=6)  # type: ignore[arg-type]
+    return CapturedSteps(SumModel(), (), capture, hidden_size=1, vocab_size=VOCAB, max_requests=40, max_blocks=6)  # type: ignore[arg-type]
 
 
 def test_a_shape_is_captured_when_it_comes_back_and_replayed_from_then_on() -> None:
@@ -150,7 +150,6 @@ def test_a_capture_of_chunks_gives_the_logits_that_are_wanted(samples: list[int]
     "batch",
     [
         batch_of([captured_steps.MAX_TOKENS + 1], 0, samples=[1]),
-        batch_of([captured_steps.MAX_SAMPLES + 1], 0),
         batch_of([1, 1], 0, num_pending=1),
     ],
 )
@@ -159,6 +158,16 @@ def test_other_steps_run_operation_by_operation(batch: StepBatch) -> None:
     runner = steps(recorder)
     assert [runner.logits(batch) for _ in range(3)] == [None] * 3
     assert recorder.num_captured == 0
+
+
+def test_steps_of_too_many_logits_run_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_steps, "MAX_LOGITS", 3 * VOCAB)
+    recorder = Recorder()
+    runner = steps(recorder)
+    for _ in range(2):
+        assert runner.logits(batch_of([4], 0)) is None
+        runner.logits(batch_of([4], 0, samples=[3]))
+    assert recorder.num_captured == 1
 
 
 def test_a_model_that_cannot_be_captured_is_asked_once() -> None:
