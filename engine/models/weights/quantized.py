@@ -1,4 +1,5 @@
-"""Which weights stay quantized in memory, and in how many bytes. No torch.
+"""Which weights stay quantized in memory, and in how many bytes. No torch, so sizes of blocks stand here as well as in
+kernels/torch_ops/quantized.py.
 
 Q8_0, Q4_0 and Q4_1 are kept as they are stored. What is stored in another quantized type, or read by one product with
 weights of another type (q, k and v; gate and up), is quantized again as Q8_0, whose steps are so fine that what was
