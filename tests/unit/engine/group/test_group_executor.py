@@ -229,15 +229,18 @@ def test_ranks_tell_what_they_did_and_how_long(open_threads: Open, make_script: 
 
 
 def test_a_silent_rank_counts_as_dead(open_threads: Open, make_script: MakeScript) -> None:
-    opened = open_threads(make_script(), pipeline_parallel=2, heartbeat_timeout_s=1.0)
+    is_over = threading.Event()
+    script = make_script(on_wait=only(1, lambda: is_over.wait(10)))  # its sockets stay open until then
+    opened = open_threads(script, pipeline_parallel=2, heartbeat_timeout_s=1.0)
     opened.executor.start()
     opened.launcher.ranks[1].exit_reason = lambda: None  # as if on a host that can no longer be reached
-    opened.launcher.ranks[1].kill()
     start_s = time.monotonic()
     opened.executor.submit(a_plan(1))
+    opened.launcher.ranks[1].kill()
     with pytest.raises(ExecutorError, match=r"rank 1 .* has been silent for \d"):
         opened.executor.collect()
     assert time.monotonic() - start_s < 1.0 + PROMPT_S
+    is_over.set()
 
 
 def test_a_step_that_takes_too_long_is_given_up_and_says_who_is_late(
