@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from shoal.engine.memory.kv_layout import KVLayout
 
-_AHEAD_BYTES = 64 * 2**20  # of host memory that is made ready before it is needed
-_CHUNK_BYTES = 4 * 2**20
+_AHEAD_BYTES = 256 * 2**20  # of host memory that is made ready before it is needed
+_CHUNK_BYTES = 2**20  # a third of a millisecond
+_IDLE_S = 0.02  # without a step
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-_LOWEST_PRIORITY = 19
 
 
 class KVStore:
@@ -39,28 +42,40 @@ class KVStore:
     def num_bytes(self) -> int:
         return self.pool.numel() * self.pool.element_size()
 
-    def expect_use(self, block: int) -> None:
-        """Blocks up to this one are in use, and those behind it come next."""
-        if self._memory is not None:
-            self._memory.expect_use((block + 1) * self.pool.stride(0) * self.pool.element_size())
+    @contextlib.contextmanager
+    def in_use(self, last_block: int) -> Iterator[None]:
+        """A step runs, and uses blocks up to this one; those behind it come next."""
+        if self._memory is None:
+            yield
+            return
+        self._memory.is_in_use = True
+        try:
+            yield
+        finally:
+            self._memory.was_used((last_block + 1) * self.pool.stride(0) * self.pool.element_size())
 
 
 class _HostMemory:
-    """Has the operating system give pages to the part of a pool that will be used next, while cores are idle.
+    """Has the operating system give pages to the part of a pool that will be used next, while no step runs.
 
-    It gives one at the first write to it, and takes a tenth of a prompt's time for that.
+    It gives one at the first write to it, which takes a tenth of a prompt's time. Doing that beside a step takes more:
+    all threads of a step wait for the one whose core is taken.
     """
 
     def __init__(self, address: int, num_bytes: int) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
         self._start, self._end = -(-address // page) * page, (address + num_bytes) // page * page
         self._wanted = _AHEAD_BYTES
+        self.is_in_use = False
+        self._used_s = 0.0  # when it was used last
         self._is_closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._populate, name="kv-memory", daemon=True).start()
 
-    def expect_use(self, end: int) -> None:
-        """The first `end` bytes are in use."""
+    def was_used(self, end: int) -> None:
+        """The first `end` bytes have been used by a step that is over."""
+        self._used_s = time.monotonic()
+        self.is_in_use = False
         if end + _AHEAD_BYTES // 2 > self._wanted:
             with self._changed:
                 self._wanted = end + _AHEAD_BYTES
@@ -72,14 +87,24 @@ class _HostMemory:
             self._changed.notify()
 
     def _populate(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         madvise = ctypes.CDLL(None).madvise
         for at in range(self._start, self._end, _CHUNK_BYTES):
-            with self._changed:
-                while at - self._start >= self._wanted and not self._is_closed:
-                    self._changed.wait()
+            size = min(_CHUNK_BYTES, self._end - at)
             # An error where the system is too old; pages then come as they are written to. It writes nothing, so that
             # memory which was given back meanwhile is none the worse.
-            size = min(_CHUNK_BYTES, self._end - at)
-            if self._is_closed or madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
+            if not self._wait_until_due(at) or madvise(
+                ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE
+            ):
                 return
+
+    def _wait_until_due(self, at: int) -> bool:
+        """Until the pages there are wanted and no step runs; False if the pool is gone."""
+        with self._changed:
+            while not self._is_closed:
+                if at - self._start >= self._wanted:
+                    self._changed.wait()
+                elif self.is_in_use or time.monotonic() - self._used_s < _IDLE_S:
+                    self._changed.wait(_IDLE_S)
+                else:
+                    return True
+        return False

@@ -109,10 +109,10 @@ class ModelRunner:
         if self._drafter is not None:
             self._drafter.follow(plan)
         batch = self._rows.gather(plan)
-        self._kv.expect_use(int(batch.slots.max()) // self._block_size)
         # What is no longer in flight has left the last stage, so this never waits; it must be taken, wanted or not.
         self._receive_tokens(plan.step - self._max_steps_in_flight)
-        samples = self._run(batch)
+        with self._kv.in_use(int(batch.slots.max()) // self._block_size):
+            samples = self._run(batch)
         if self._feeds_tokens and self._topology.is_first_stage and len(batch.sampled):
             self._awaited.append((plan.step, batch.rows[batch.sampled]))
         draft_ids = self._draft(plan, batch, samples) if self._drafter is not None and samples is not None else {}

@@ -22,8 +22,8 @@ LAYOUT = KVLayout(num_layers=2, num_kv_heads=8, head_dim=128, block_size=16, ele
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages")
 
 
-def threads() -> int:
-    return sum(thread.name == "kv-memory" for thread in threading.enumerate())
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "kv-memory"}
 
 
 def resident_bytes(store: KVStore, start: int, end: int) -> int:
@@ -50,17 +50,30 @@ def test_memory_is_made_ready_ahead_of_use_and_no_further(monkeypatch: pytest.Mo
     wait_until(lambda: resident_bytes(store, 0, 8 * MIB) > 7.9 * MIB)
     time.sleep(0.1)
     assert resident_bytes(store, 16 * MIB, 64 * MIB) == 0
-    store.expect_use(16 * MIB // BLOCK_BYTES)
+    with store.in_use(16 * MIB // BLOCK_BYTES):
+        pass
     wait_until(lambda: resident_bytes(store, 16 * MIB, 24 * MIB) > 7.9 * MIB)
     time.sleep(0.1)
     assert resident_bytes(store, 40 * MIB, 64 * MIB) == 0
+
+
+def test_memory_is_left_alone_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_store, "_AHEAD_BYTES", 8 * MIB)
+    store = KVStore(LAYOUT, 64 * MIB // BLOCK_BYTES, torch.bfloat16, torch.device("cpu"))
+    wait_until(lambda: resident_bytes(store, 0, 8 * MIB) > 7.9 * MIB)
+    with store.in_use(8 * MIB // BLOCK_BYTES):
+        pass
+    with store.in_use(8 * MIB // BLOCK_BYTES):
+        time.sleep(0.2)
+        assert resident_bytes(store, 9 * MIB, 64 * MIB) == 0
+    wait_until(lambda: resident_bytes(store, 9 * MIB, 16 * MIB) > 6.9 * MIB)
 
 
 def test_nothing_is_left_of_a_pool_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_store, "_AHEAD_BYTES", 4 * MIB)
     before = threads()
     store = KVStore(LAYOUT, 64 * MIB // BLOCK_BYTES, torch.bfloat16, torch.device("cpu"))
-    assert threads() == before + 1
+    (thread,) = threads() - before
     del store
     gc.collect()
-    wait_until(lambda: threads() == before)
+    wait_until(lambda: not thread.is_alive())
