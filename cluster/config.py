@@ -393,6 +393,9 @@ class HttpSettings(Settings):
     body_timeout: float = Field(
         default=30.0, gt=0, allow_inf_nan=False, description="for the body, and one more for each 64 KiB that came"
     )
+    stream_interval: float = Field(
+        default=0.03, ge=0, le=1, description="tokens of a stream that come faster leave together; 0: none do"
+    )
     cors_origins: tuple[str, ...] = Field(default=(), description='sites whose pages may ask, or "*"')
 
 

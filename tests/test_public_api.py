@@ -183,7 +183,7 @@ def test_keys_of_a_configuration_file() -> None:
     assert set(NodeSettings.model_fields) == {"labels", "stages"}
     assert set(AdminSettings.model_fields) == {"host", "port", "hosts"}
     assert set(HttpSettings.model_fields) == {
-        "host", "port", "max_body_bytes", "header_timeout", "body_timeout", "cors_origins",
+        "host", "port", "max_body_bytes", "header_timeout", "body_timeout", "stream_interval", "cors_origins",
     }  # fmt: skip
     assert set(AuthSettings.model_fields) == {"keys_file"}
     assert set(KeyEntry.model_fields) == {

@@ -71,7 +71,7 @@ class Gateway:
         self._http = http
         self._drain_timeout_s = max(model.drain_timeout for model in models)
         self._http_metrics = HttpMetrics()
-        self._inbox = StepInbox(own_ip or self._node, self._take_peer_message)
+        self._inbox = StepInbox(own_ip or self._node, self._take_peer_message, interval_s=http.stream_interval)
         self._mirror = Mirror(self._inbox.address, self._pass_mirror_period)
         keys_file = auth.keys_file
         self._auth = start_auth(keys_file, self._inbox.address, self._mirror.tell) if keys_file is not None else None

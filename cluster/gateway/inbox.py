@@ -39,6 +39,7 @@ class CallInbox:
         self._loop = asyncio.get_running_loop()
         self._num_tokens = dict.fromkeys(sample_ids, 0)  # of the samples that are still open
         self._is_closed = False
+        self._has_begun = False
         self._num_silent_periods: int | None = None  # None: no replica has the call, as far as is known
         self._outputs: list[RequestOutput] = []  # that nobody has taken yet
         self._error: Exception | None = None  # that comes after them
@@ -71,10 +72,12 @@ class CallInbox:
                 return outputs[:number]
         return outputs
 
-    def put(self, outputs: list[RequestOutput]) -> None:
+    def put(self, outputs: list[RequestOutput]) -> bool:
+        """Take outputs in; who waits for them has to be woken. True if that cannot wait: the first ones, and ends."""
         self.hear()
+        is_first, self._has_begun = not self._has_begun, True
         self._outputs += outputs
-        self._wake()
+        return is_first or any(output.finish_reason is not None for output in outputs)
 
     def hear(self) -> None:
         """The replica still has the call."""
@@ -94,7 +97,7 @@ class CallInbox:
     def fail(self, error: Exception) -> None:
         """End the call with this error, after the outputs that have come."""
         self._error = self._error or error
-        self._wake()
+        self.wake()
 
     def fail_after(self, seconds: float, error: Exception) -> None:
         if not self._is_closed:
@@ -105,7 +108,8 @@ class CallInbox:
         if self._deadline is not None:
             self._deadline.cancel()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the reader have what has come."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -115,19 +119,33 @@ class CallInbox:
         self._num_tokens[output.request_id] += len(output.token_ids)
         if output.finish_reason is None:
             return
-        received = self._num_tokens.pop(output.request_id)
+        received = self._num_tokens[output.request_id]
         if output.times is not None and output.times.num_output_tokens != received:
             sent = output.times.num_output_tokens
             raise TokensLostError(f"{sent - received} of {sent} tokens of {output.request_id} were lost")
+        del self._num_tokens[output.request_id]
 
 
 class StepInbox:
     """Receives the step messages of all replicas and hands each call its part, and `on_peer_message` what other
     gateways say. Lives in one event loop.
+
+    Passing on a token costs little, waking all that a stream goes through costs much: those of several steps, as many
+    as come within `interval_s`, go together. A call's first ones go at once, and so does its end.
     """
 
-    def __init__(self, ip: str, on_peer_message: Callable[[PeerMessage], None] = lambda message: None) -> None:
+    def __init__(
+        self,
+        ip: str,
+        on_peer_message: Callable[[PeerMessage], None] = lambda message: None,
+        *,
+        interval_s: float = 0.0,
+    ) -> None:
         self._on_peer_message = on_peer_message
+        self._interval_s = interval_s
+        self._waiting: dict[CallInbox, None] = {}  # for the interval to be over
+        self._wake_timer: asyncio.TimerHandle | None = None
+        self._woken_s = 0.0  # when it was over last
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.set_hwm(MAX_QUEUED_MESSAGES)
@@ -146,8 +164,9 @@ class StepInbox:
         self._period = self._loop.call_later(KEEPALIVE_PERIOD_S, self._pass_period)
 
     def close(self) -> None:
-        if self._period is not None:
-            self._period.cancel()
+        for timer in (self._period, self._wake_timer):
+            if timer is not None:
+                timer.cancel()
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._loop = None
@@ -203,4 +222,18 @@ class StepInbox:
             else:
                 call.hear()
         for call, part in parts.items():
-            call.put(part)
+            if call.put(part) or not self._interval_s:
+                self._waiting.pop(call, None)
+                call.wake()
+            else:
+                self._waiting[call] = None
+        if self._waiting and self._wake_timer is None and self._loop is not None:
+            self._wake_timer = self._loop.call_at(self._woken_s + self._interval_s, self._wake_all)
+
+    def _wake_all(self) -> None:
+        assert self._loop is not None
+        self._wake_timer = None
+        self._woken_s = self._loop.time()
+        for call in self._waiting:
+            call.wake()
+        self._waiting.clear()

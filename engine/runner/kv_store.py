@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shoal.engine.memory.kv_layout import KVLayout
 
-_AHEAD_BYTES = 256 * 2**20  # of host memory that is made ready before it is needed
+_AHEAD_BYTES = 128 * 2**20  # of host memory that is made ready before it is needed
 _CHUNK_BYTES = 2**20  # a third of a millisecond
 _IDLE_S = 0.02  # without a step
 _MADV_POPULATE_WRITE = 23  # Linux 5.14

@@ -164,7 +164,7 @@ struct Tile {
   int positions[kTile], lanes[kTile];  // lanes: none for a vector that no row sees
   int first_word, end_word;            // of the values that rows see
   int num_scored;                      // key vectors from the first to the last that rows see, in whole halves
-  // Of the tile after this one, fetched meanwhile.
+  // Of the key vectors that come as many later as a tile has, fetched meanwhile.
   std::array<const T*, kTile> next_keys, next_values;
 };
 
@@ -248,8 +248,8 @@ class Attention {
     tile.key_stride = (p.block_size % kLanes ? kLanes : p.block_size) * M::kPack;
     tile.first_word = (first - base) * (kLanes / M::kPack), tile.end_word = (end - base) * (kLanes / M::kPack);
     tile.num_scored = (end - base + kHalf - 1) / kHalf * kHalf;
-    const bool is_last = end == seen.end;
-    const Span after = is_last ? span_of(p, next) : Span{end, seen.end};
+    const Span after = span_of(p, next);
+    const int distance = std::min(kTile, seen.end - seen.first);
     for (int n = 0; n < kTile; ++n) {
       const int index = std::min(std::max(base + n, first), end - 1);
       const KeyVector<T> vector = find<T, M>(p, t, index);
@@ -257,7 +257,9 @@ class Attention {
       tile.positions[n] = vector.position;
       tile.lanes[n] = index == base + n ? vector.lanes : 0;
       place_values(tile, n, vector.values, std::min(vector.lanes, context - vector.position));
-      const KeyVector<T> later = find<T, M>(p, is_last ? next : t, std::min(after.first + n, after.end - 1));
+      const int ahead = index + distance, beyond = ahead - seen.end;
+      const KeyVector<T> later = beyond < 0 ? find<T, M>(p, t, ahead)
+                                            : find<T, M>(p, next, std::min(after.first + beyond, after.end - 1));
       tile.next_keys[n] = later.keys, tile.next_values[n] = later.values;
     }
     return tile;
@@ -327,12 +329,12 @@ class Attention {
   template <int R, int N>
   SHOAL_INLINE void add_values(const Tile<T>& tile, int column, float* values, const float* keep, bool is_first) {
     const T* const* from = tile.values + tile.first_word;
-    constexpr int kWords = kHalf * kLanes / M::kPack;  // of a half
-    const int64_t done = (int64_t)column / (4 * kLanes) * kWords;
+    constexpr int kWords = kLanes / M::kPack;  // of a key vector
+    const int64_t line = (int64_t)column / kLanes * kWords;
     multiply_add<M, R, N>(
         s.weights + tile.first_word, kKeys / M::kPack, tile.end_word - tile.first_word, values, padded, keep,
-        [from, column, next = tile.next_values, done, is_first](int w, int n) {
-          if (is_first) prefetch(next[w / kWords * kHalf + n] + (done + w % kWords) * kLanes * M::kPack);
+        [from, column, next = tile.next_values.data() + tile.first_word / kWords, line, is_first](int w, int n) {
+          if (is_first) prefetch(next[w / kWords] + (line + w % kWords * N + n) * kLanes * M::kPack);
           return M::words(from[w] + (column + n * kLanes) * M::kPack);
         });
   }

@@ -144,6 +144,9 @@ class LocalHandle:
         return LocalResponse(asyncio.ensure_future(self._generate(call, reply_to)))
 
 
+INTERVAL_S = 0.03
+
+
 class Rig:
     """A replica and a gateway, joined."""
 
@@ -151,7 +154,7 @@ class Rig:
         self.device = CountingDevice(step_s=0.002)
         self.engine = AsyncEngine(lambda progress: (self._config(), self.device))
         self.calls = Calls(self.engine)
-        self.inbox = StepInbox("127.0.0.1")
+        self.inbox = StepInbox("127.0.0.1", interval_s=INTERVAL_S)
         self.routing = ModelRouting("tiny")
         self.backend = self.backend_over(self.calls.run)
 
@@ -200,6 +203,33 @@ async def test_every_call_gets_all_its_tokens_in_order(rig: Rig) -> None:
     calls = [call(f"c{i}", max_tokens=1 + i) for i in range(20)]
     answers = await asyncio.gather(*(tokens_of(rig.backend, c) for c in calls))
     assert answers == [{f"c{i}-0": list(range(1, i + 2))} for i in range(20)]
+
+
+async def arrivals(rig: Rig, call: GenerateCall) -> list[tuple[float, int]]:
+    """When outputs came, in seconds after the first ones, and how many tokens they held."""
+    came = [(time.monotonic(), sum(len(o.token_ids) for o in outputs)) async for outputs in rig.backend.generate(call)]
+    return [(at - came[0][0], count) for at, count in came]
+
+
+async def test_tokens_that_come_fast_go_together_but_for_the_first(rig: Rig) -> None:
+    came = await arrivals(rig, call("c", 100))
+    assert came[0][1] == 1
+    assert sum(count for _, count in came) == 100
+    # The first, then once an interval, and at the end.
+    assert 3 <= len(came) <= 3 + came[-1][0] / INTERVAL_S
+
+
+async def test_tokens_that_come_slowly_are_not_kept(rig: Rig) -> None:
+    rig.device.step_s = 2 * INTERVAL_S
+    came = await arrivals(rig, call("c", 6))
+    assert [count for _, count in came] == [1] * 6
+    assert came[-1][0] < 5 * 2 * INTERVAL_S + INTERVAL_S
+
+
+async def test_the_end_of_a_call_is_not_kept(rig: Rig) -> None:
+    came = await arrivals(rig, call("c", 5))
+    assert [count for _, count in came] in ([1, 4], [1, 1, 3]), came
+    assert came[-1][0] < INTERVAL_S
 
 
 async def test_samples_of_a_call_come_apart_and_complete(rig: Rig) -> None:
@@ -363,6 +393,7 @@ async def test_who_reads_late_gets_several_steps_at_once(rig: Rig) -> None:
         await asyncio.sleep(0)
         held.put([RequestOutput(one, (5,), finish_reason=FinishReason.LENGTH)])
         held.put([RequestOutput(two, (6,), finish_reason=FinishReason.STOP)])
+        held.wake()
         assert [output.token_ids for output in await reading] == [(5,), (6,)]
         assert held.is_finished
 

@@ -97,7 +97,7 @@ ray: {address: auto}
     [
         ("modles: []", r"shoal\.yaml: modles: unknown key; did you mean 'models'\?"),
         ("models: [{name: a, engine: {dtyp: x}}]", r"models\[0\]\.engine\.dtyp: unknown key; did you mean 'dtype'\?"),
-        ("http: {prt: 1}", r"http\.prt: unknown key; did you mean 'port'\? known here: body_timeout, .* port$"),
+        ("http: {prt: 1}", r"http\.prt: unknown key; did you mean 'port'\? known here: body_.* stream_interval$"),
         ("models: []", r"models: tuple should have at least 1 item"),
         ("models: [{replicas: 0}]", r"models\[0\]\.replicas: .*greater than or equal to 1, got 0"),
         ("models: [{engine: {kv_memory: 2 apples}}]", r"kv_memory: '2 apples' is no amount of memory: .*2GiB"),
