@@ -134,7 +134,9 @@ def _ray_environment(folder: Folder, threads: int, scratch: Path) -> dict[str, s
 
 
 class Server:
-    """A contestant that has answered a request. Seconds from the command to the end of that answer."""
+    """A contestant that has answered a request. Seconds from the command to the end of that answer, and what is resident
+    then.
+    """
 
     def __init__(self, contestant: Contestant, program: Program, workload: Workload) -> None:
         self.name = contestant.name
@@ -144,6 +146,7 @@ class Server:
         with program.turn():
             self._wait_until_it_answers(workload, READY_TIMEOUT_S)
             self.ready_s = time.perf_counter() - start
+            self.memory_bytes = program.memory_bytes()
             time.sleep(SETTLE_S if contestant.peer == "shoal" else 0)
 
     @property
@@ -160,7 +163,7 @@ class Server:
 
         return self._program.undisturbed(work, tries=num_tries(workload, repeat))
 
-    def memory_bytes(self) -> int:
+    def memory_now_bytes(self) -> int:
         return self._program.memory_bytes()
 
     def _wait_until_it_answers(self, workload: Workload, timeout_s: float) -> None:
@@ -222,7 +225,7 @@ def run(folder: Folder, names: Sequence[str], workload: Workload, threads: int) 
                 servers.append(Server(contestant, stack.enter_context(program), workload))
                 print(f"  answers after {servers[-1].ready_s:.1f} s", flush=True)
         measured = measure(servers, workload)
-        memory = {server.name: server.memory_bytes() for server in servers}
+        memory_after = {server.name: server.memory_now_bytes() for server in servers}
     return {
         "machine": machine.facts(threads),
         "model": EMBEDDED_MODEL,
@@ -231,7 +234,8 @@ def run(folder: Folder, names: Sequence[str], workload: Workload, threads: int) 
         "repeats": workload.repeats,
         "peers": {name: PINNED[name] for name in names},
         "ready_s": {server.name: server.ready_s for server in servers},
-        "memory_bytes": memory,
+        "memory_bytes": {server.name: server.memory_bytes for server in servers},
+        "memory_after_bytes": memory_after,
         "num_disturbed": {server.name: server.num_disturbed for server in servers},
         **measured,
     }

@@ -31,7 +31,12 @@ def save_plot(offline: Mapping[str, Any], http: Mapping[str, Any], path: Path) -
         for axes, count in zip(below, (1, 8, 32), strict=False):
             title = "HTTP, 1 client, tokens/s" if count == 1 else f"HTTP, {count} clients, tokens/s"
             _bars(axes, title, http[f"clients_{count}"]["tokens_per_s"])
-        _bars(below[3], "resident memory, GiB", {name: b / 2**30 for name, b in http["memory_bytes"].items()}, "%.1f")
+        _bars(
+            below[3],
+            "resident memory when ready, GiB",
+            {name: b / 2**30 for name, b in http["memory_bytes"].items()},
+            "%.1f",
+        )
         for axes in (*above[1:], *below[1:]):
             axes.set_yticklabels([])
         figure.savefig(path)
