@@ -32,13 +32,10 @@ from shoal.cluster.replica.deployment import Replica
 from shoal.cluster.replica.placement import Placement, Resources, Room, place, take
 from shoal.cluster.routing.policies import make_policy
 from shoal.cluster.routing.serve_router import ShoalRouter
+from shoal.engine.group.processes import SPIN_COUNT
 
 APP_NAME = "shoal"
 
-# libgomp's threads spin before they sleep between the kernels of a step, some 300,000 times by default. Then a step
-# takes ten times as long when another busy process wants a core; with 3,000 they fall asleep whenever a gateway takes
-# one for a moment, which costs 3 to 7 % of the throughput over HTTP on two cores. This is between the two.
-THREAD_ENV = {"GOMP_SPINCOUNT": "30000"}
 # A replica whose engine has failed ends its process; Serve learns of it when the next check finds nobody.
 HEALTH_CHECK_PERIOD_S = 1.0
 # A call that waits for a slow step must not be counted as a replica that hangs.
@@ -297,7 +294,7 @@ def scaling_options(model: ModelSettings) -> dict[str, Any]:
 def _where(model: ModelSettings, runtime_env: Mapping[str, Any], log_env: Mapping[str, str]) -> dict[str, Any]:
     """Serve's options for the place of a replica: an actor if it is one process, else a placement group."""
     # Ray sets OMP_NUM_THREADS to 1 unless it is told. The ranks inherit the environment.
-    own = {"OMP_NUM_THREADS": str(model.num_threads), **THREAD_ENV, **log_env}
+    own = {"OMP_NUM_THREADS": str(model.num_threads), "GOMP_SPINCOUNT": SPIN_COUNT, **log_env}
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **own}}
     placement = _placement(model)
     rank = _rank_resources(model)

@@ -18,8 +18,10 @@ from shoal.engine.group.launcher import RankHandle, RankStart
 
 COMMAND = ("-m", "shoal.engine.group.rank")
 LAST_LINES = 5  # of what a rank that ended had printed, quoted in the error
-# Threads that wait spin for microseconds, not milliseconds: ranks share cores.
-SPIN_COUNT = "3000"
+# Of libgomp's threads, which wait for each other between the kernels of a step, some 300,000 times by default. Then a
+# step takes ten times as long when another busy process wants a core. This is some 25 us: who waits for a thread whose
+# core was taken soon gives it its own.
+SPIN_COUNT = "2000"
 
 
 class ProcessLauncher:

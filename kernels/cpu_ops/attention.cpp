@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <climits>
 #include <vector>
 
 #include "kernel.h"
@@ -162,6 +163,7 @@ struct Tile {
   const T* values[kKeys];              // by word
   int key_stride;                      // elements between a key vector's words
   int positions[kTile], lanes[kTile];  // lanes: none for a vector that no row sees
+  int end_position;                    // behind all keys that are scored; past every context if a lane is none
   int first_word, end_word;            // of the values that rows see
   int num_scored;                      // key vectors from the first to the last that rows see, in whole halves
   // Of the key vectors that come as many later as a tile has, fetched meanwhile.
@@ -248,6 +250,7 @@ class Attention {
     tile.key_stride = (p.block_size % kLanes ? kLanes : p.block_size) * M::kPack;
     tile.first_word = (first - base) * (kLanes / M::kPack), tile.end_word = (end - base) * (kLanes / M::kPack);
     tile.num_scored = (end - base + kHalf - 1) / kHalf * kHalf;
+    tile.end_position = 0;
     const Span after = span_of(p, next);
     const int distance = std::min(kTile, seen.end - seen.first);
     for (int n = 0; n < kTile; ++n) {
@@ -256,6 +259,8 @@ class Attention {
       tile.keys[n] = p.block_size % kLanes ? copy_keys(vector.keys, vector.lanes, n) : vector.keys;
       tile.positions[n] = vector.position;
       tile.lanes[n] = index == base + n ? vector.lanes : 0;
+      if (n < tile.num_scored)
+        tile.end_position = std::max(tile.end_position, tile.lanes[n] < kLanes ? INT_MAX : vector.position + kLanes);
       place_values(tile, n, vector.values, std::min(vector.lanes, context - vector.position));
       const int ahead = index + distance, beyond = ahead - seen.end;
       const KeyVector<T> later = beyond < 0 ? find<T, M>(p, t, ahead)
@@ -342,26 +347,34 @@ class Attention {
   // One function for every number of rows: compilers differ from one expansion to the next in which sums and products
   // they fuse, and a row's bits must not.
   __attribute__((noinline)) void soften(const Tile<T>& tile, int row, int count, State state, float* keep) {
+    // Where every key counts, scores stay as they are until they are used; elsewhere they are scaled before.
+    const bool is_plain = p.softcap <= 0 && score_scale > 0;
     float highest[kLanes] = {};
     for (int r = 0; r < count; ++r) {
       const int end = first_position + (row + r) / p.group() + 1, begin = p.window > 0 ? end - p.window : 0;
+      float* scores = s.scores + r * kKeys;
       Vec top = splat(kMinusInf);
+      if (is_plain && begin <= tile.positions[0] && end >= tile.end_position) {
 #pragma GCC unroll 4
-      for (int n = 0; n < tile.num_scored; ++n) {
-        float* scores = s.scores + r * kKeys + n * kLanes;
-        Vec score = load(scores) * score_scale;
-        if (p.softcap > 0) score = p.softcap * kLog2E * tanh(score);
-        const int from = begin - tile.positions[n], to = std::min(end - tile.positions[n], tile.lanes[n]);
-        if (from > 0 || to < kLanes) {
-          const Ints lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-          score = select((lane >= from) & (lane < to), score, splat(kMinusInf));
+        for (int n = 0; n < tile.num_scored; ++n) top = maximum(top, load(scores + n * kLanes));
+      } else {
+        for (int n = 0; n < tile.num_scored; ++n) {
+          Vec score = load(scores + n * kLanes);
+          if (!is_plain) score *= score_scale;
+          if (p.softcap > 0) score = p.softcap * kLog2E * tanh(score);
+          const int from = begin - tile.positions[n], to = std::min(end - tile.positions[n], tile.lanes[n]);
+          if (from > 0 || to < kLanes) {
+            const Ints lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            score = select((lane >= from) & (lane < to), score, splat(kMinusInf));
+          }
+          top = maximum(top, score);
+          store(scores + n * kLanes, score);
         }
-        top = maximum(top, score);
-        store(scores, score);
       }
       highest[r] = max_lanes(top);
     }
-    const Vec before = load(state.tops + row, count), now = maximum(before, load(highest));
+    const float scale = is_plain ? score_scale : 1.0f;
+    const Vec before = load(state.tops + row, count), now = maximum(before, load(highest) * scale);
     const Vec safe = select(now == kMinusInf, Vec{}, now);
     store(state.tops + row, now, count);
     store(keep, exp2_nonpositive(before - safe));
@@ -371,7 +384,7 @@ class Attention {
       Vec sum = load(sums) * keep[r];
 #pragma GCC unroll 4
       for (int n = 0; n < tile.num_scored; ++n) {
-        const Vec weight = exp2_nonpositive(load(s.scores + r * kKeys + n * kLanes) - highest[r]);
+        const Vec weight = exp2_nonpositive(load(s.scores + r * kKeys + n * kLanes) * scale - highest[r]);
         sum += weight;
         store((typename M::Operand*)s.weights + r * kKeys + n * kLanes, weight);
       }
