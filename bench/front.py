@@ -78,20 +78,11 @@ def measure_server(workload: Workload, threads: int, *, num_starts: int, num_fir
         )
         for count in workload.request_counts:
             serving.warm_up(llm, served.port, workload, count)
-        streams = {f"clients_{count}": _measure(llm, served.port, workload, count) for count in workload.request_counts}
+        streams = {
+            f"clients_{count}": serving.measure(llm, served.port, workload, count) for count in workload.request_counts
+        }
     median = {name: statistics.median(start[name] for start in starts) for name in starts[0]}
     return {"start_s": median, "starts": starts, "first_token": first, **streams}
-
-
-def _measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, Any]:
-    """Beside what serving.py measures: microseconds of processor time that each token took of who passes it on."""
-    titles = {"gateway": "ServeReplica:shoal:gateway", "haproxy": "haproxy"}
-    before = {name: machine.processor_seconds(title) for name, title in titles.items()}
-    measured = serving.measure(llm, port, workload, count)
-    num_tokens = workload.repeats * count * workload.num_new
-    for name, title in titles.items():
-        measured[f"{name}_us_per_token"] = 1e6 * (machine.processor_seconds(title) - before[name]) / num_tokens
-    return measured
 
 
 def main() -> None:

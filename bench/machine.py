@@ -103,15 +103,23 @@ def bfloat16_flops() -> float:
 
 
 def processor_seconds(title: str) -> float:
-    """User and system time of all processes of this name, or that Ray has given this title."""
-    found: list[int] = []  # ticks
+    """User and system time so far of all processes that are called this, or have it in their command."""
+    seconds = processor_seconds_of({title: title})
+    assert seconds[title] is not None, f"no process is called {title}"
+    return seconds[title]
+
+
+def processor_seconds_of(titles: Mapping[str, str]) -> dict[str, float | None]:
+    """The same for each of several, by name. A process belongs to the first title that fits; None where none does."""
+    ticks: dict[str, list[int]] = {name: [] for name in titles}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile
-            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-            if name == title or title in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]:
-                found += [int(ticks) for ticks in rest.split()[11:13]]
-    assert found, f"no process is called {title}"
-    return sum(found) / TICKS
+            called, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            name = next((name for name, title in titles.items() if title == called or title in command), None)
+            if name is not None:
+                ticks[name] += map(int, rest.split()[11:13])
+    return {name: sum(found) / TICKS if found else None for name, found in ticks.items()}
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

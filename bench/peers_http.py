@@ -134,9 +134,7 @@ def _ray_environment(folder: Folder, threads: int, scratch: Path) -> dict[str, s
 
 
 class Server:
-    """A contestant that has answered a request. Seconds from the command to the end of that answer, and what is resident
-    then.
-    """
+    """A contestant that has answered a request: seconds from the command until then, and what is resident then."""
 
     def __init__(self, contestant: Contestant, program: Program, workload: Workload) -> None:
         self.name = contestant.name

@@ -78,8 +78,10 @@ def front_lines(gateway: Result, front: Result) -> Iterator[Line]:
     for name in (name for name in front if name.startswith("clients_")):
         count, measured = name.removeprefix("clients_"), front[name]
         yield at_least(f"front, {count} clients: ratio to offline", measured["ratio"], 0.9, "x")
-        times = [measured[f"{process}_us_per_token"] for process in ("gateway", "haproxy")]
-        yield Line(f"front, {count} clients: gateway, haproxy", "{:.0f}, {:.0f} µs a token".format(*times))
+        used = measured["cores_us_per_token"]
+        yield Line(f"front, {count} clients: time of cores", f"{sum(used.values()):.0f} µs a token")
+        for process in used:
+            yield Line(f"front, {count} clients: of it {process}", f"{used[process]:.0f} µs")
     added_ms = 1000 * front["first_token"]["added_s"]
     yield Line("front: added to the first token", f"{added_ms:.1f} ms", "at most 10 ms", added_ms <= 10)
     ready_s = front["start_s"]["ready"]

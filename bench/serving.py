@@ -35,6 +35,16 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 40.0
 STREAM_TIMEOUT_S = 120.0
 
+# Who takes part, by words of the command.
+PROCESSES = {
+    "replica": "ServeReplica:shoal:replica",
+    "gateway": "ServeReplica:shoal:gateway",
+    "admin": "ServeReplica:shoal:admin",
+    "haproxy": "haproxy",
+    "ray": "/ray/",  # its own programs
+    "serve": "ray::",  # controller, proxies
+}
+
 T = TypeVar("T")
 
 
@@ -213,15 +223,21 @@ def warm_up(llm: LLM, port: int, workload: Workload, count: int) -> None:
 
 
 def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, Any]:
-    """`count` clients at once over HTTP, and as many prompts offline, in turn."""
+    """`count` clients at once over HTTP, and as many prompts offline, in turn. Beside that, who takes the cores while
+    tokens go over HTTP: microseconds of processor time a token.
+    """
     params = SamplingParams(max_tokens=workload.num_new, temperature=0, ignore_eos=True)
     offline_seconds, http_seconds, answers = [], [], []
+    cores_s = dict.fromkeys(PROCESSES, 0.0)
     for repeat in range(workload.repeats):
         prompts = workload.prompts(count, workload.num_prompt, seed=repeat)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         offline_seconds.append(time.perf_counter() - start)
+        before = machine.processor_seconds_of(PROCESSES)
         seconds, streamed = wave(port, prompts, workload.num_new)
+        for name, now in machine.processor_seconds_of(PROCESSES).items():
+            cores_s[name] += (now or 0.0) - (before[name] or 0.0)
         http_seconds.append(seconds)
         answers.extend(streamed)
         print(
@@ -240,6 +256,7 @@ def measure(llm: LLM, port: int, workload: Workload, count: int) -> dict[str, An
         "ttft_p50_s": statistics.median(first),
         "ttft_p99_s": percentile(first, 99),
         "time_per_token_p50_s": statistics.median((a.last_s - a.first_s) / (workload.num_new - 1) for a in answers),
+        "cores_us_per_token": {name: 1e6 * used / (num_tokens * workload.repeats) for name, used in cores_s.items()},
     }
 
 
