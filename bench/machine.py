@@ -104,9 +104,9 @@ def bfloat16_flops() -> float:
 
 def processor_seconds(title: str) -> float:
     """User and system time so far of all processes that are called this, or have it in their command."""
-    seconds = processor_seconds_of({title: title})
-    assert seconds[title] is not None, f"no process is called {title}"
-    return seconds[title]
+    seconds = processor_seconds_of({title: title})[title]
+    assert seconds is not None, f"no process is called {title}"
+    return seconds
 
 
 def processor_seconds_of(titles: Mapping[str, str]) -> dict[str, float | None]:
