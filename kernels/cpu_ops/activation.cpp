@@ -14,15 +14,14 @@ struct GatedActivation {
 SHOAL_KERNEL(gated_activation, GatedActivation) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < a.tokens; ++token) {
+    deal_rows(a.tokens, [&](int64_t token) {
       const T *gate = (const T*)a.gate_up + token * a.stride, *up = gate + a.inter;
       T* row = (T*)a.out + token * a.inter;
       if (a.is_gelu)
         for_lanes(a.inter, [&](int i, int n) { store(row + i, gelu_tanh(load(gate + i, n)) * load(up + i, n), n); });
       else
         for_lanes(a.inter, [&](int i, int n) { store(row + i, silu(load(gate + i, n)) * load(up + i, n), n); });
-    }
+    });
   });
 }
 

@@ -7,8 +7,6 @@
 //
 // Tiles start at multiples of eight key vectors and partial results are merged in order every kPart vectors, whether or
 // not the parts ran in parallel: a row's result is bitwise the same for every batch, chunking and number of threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <climits>
@@ -406,7 +404,7 @@ void attend(const Problem& p, int requests) {
   static thread_local std::vector<Task> tasks, whole;
   static thread_local Scratch<T, M> scratch;
   static thread_local std::vector<float> memory;
-  const int tile = std::max(1, kTaskRows / p.group()), padded = p.padded_dim(), threads = omp_get_num_threads();
+  const int tile = std::max(1, kTaskRows / p.group()), padded = p.padded_dim(), threads = team.threads;
   tasks.clear(), whole.clear();
   int most_rows = 1, parts = 0;
   for (int request = 0; request < requests; ++request) {
@@ -439,20 +437,17 @@ void attend(const Problem& p, int requests) {
       partials = memory.data();
     }
   }
-  const int tasks_at_once = std::max(1, (int)tasks.size() / (8 * threads));
-#pragma omp for schedule(dynamic, tasks_at_once)
-  for (int i = 0; i < (int)tasks.size(); ++i) {
-    Attention<T, M> attention(p, tasks[i], tasks[std::min(i + 1, (int)tasks.size() - 1)], scratch);
+  deal(tasks.size(), [&](int64_t i) {
+    Attention<T, M> attention(p, tasks[i], tasks[std::min(i + 1, (int64_t)tasks.size() - 1)], scratch);
     if (whole.empty()) {
       attention.run(scratch.total);
       attention.write(scratch.total);
     } else {
       attention.run(state_at(partials + tasks[i].partial * partial_size, most_rows, padded));
     }
-  }
+  });
   if (whole.empty()) return;
-#pragma omp for schedule(static)
-  for (int i = 0; i < (int)whole.size(); ++i) {
+  deal(whole.size(), [&](int64_t i) {
     const Task& task = whole[i];
     const auto partial = [&](int n) {
       return state_at(partials + (task.partial + n) * partial_size, most_rows, padded);
@@ -460,7 +455,7 @@ void attend(const Problem& p, int requests) {
     for (int n = 1; n < task.part_end - task.part_begin; ++n)
       merge(partial(0), partial(n), task.count * p.group(), padded);
     Attention<T, M>(p, task, task, scratch).write(partial(0));
-  }
+  });
 }
 
 }  // namespace

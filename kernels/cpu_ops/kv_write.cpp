@@ -25,12 +25,11 @@ void fetch(const KVWrite& a, int64_t slot) {
 
 template <class T, int kPack>
 void write(const KVWrite& a) {
-#pragma omp for schedule(static)
-  for (int64_t token = 0; token < a.tokens; ++token) {
+  deal_rows(a.tokens, [&](int64_t token) {
     const int64_t slot = a.slots[token], offset = slot % a.block_size;
     if (token + 1 < a.tokens && a.slots[token + 1] >= 0 && a.slots[token + 1] / a.block_size != slot / a.block_size)
       fetch<T, kPack>(a, a.slots[token + 1]);
-    if (slot < 0) continue;
+    if (slot < 0) return;
     T* keys = (T*)a.kv + slot / a.block_size * a.block_stride;
     for (int head = 0; head < a.kv_heads; ++head, keys += (int64_t)a.block_size * a.dim) {
       T* values = keys + (int64_t)a.kv_heads * a.block_size * a.dim;
@@ -41,7 +40,7 @@ void write(const KVWrite& a) {
       T* to = values + offset / kPack * kPack * a.dim + offset % kPack;
       for (int64_t i = 0; i < a.dim; ++i) to[i * kPack] = value[i];
     }
-  }
+  });
 }
 
 }  // namespace

@@ -57,21 +57,19 @@ constexpr Multiply<T> kMultiply[kMaxRows + 1] = {
 template <class Body>
 void for_blocks(int64_t num_panels, int64_t rows, int64_t pairs, Body body) {
   const int64_t num_chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
-#pragma omp for collapse(2) schedule(static)
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      const int64_t start = chunk * kRowsPerTask, end = start + kRowsPerTask < rows ? start + kRowsPerTask : rows;
-      const int64_t num_blocks = (end - start + kMaxRows - 1) / kMaxRows;
-      // The first of several blocks would wait for memory and the others leave it idle: they fetch the next panel
-      // together. A lone block of few rows is as fast as memory by itself.
-      const bool is_lone = num_blocks == 1;
-      const int64_t ahead = is_lone ? kAhead : panel + 1 < num_panels ? pairs * kPanel : 0;
-      const int lines = is_lone ? (end - start > 4 ? 3 : 0) : num_blocks == 2 ? 2 : 1;
-      for (int64_t block = 0; block < num_blocks; ++block)
-        body(panel, start + block * (end - start) / num_blocks, start + (block + 1) * (end - start) / num_blocks,
-             ahead + block * lines * kLanes * pairs, block < kVectors ? lines : 0);
-    }
-  }
+  deal(num_panels * num_chunks, [&](int64_t task) {
+    const int64_t panel = task / num_chunks, chunk = task % num_chunks;
+    const int64_t start = chunk * kRowsPerTask, end = start + kRowsPerTask < rows ? start + kRowsPerTask : rows;
+    const int64_t num_blocks = (end - start + kMaxRows - 1) / kMaxRows;
+    // The first of several blocks would wait for memory and the others leave it idle: they fetch the next panel
+    // together. A lone block of few rows is as fast as memory by itself.
+    const bool is_lone = num_blocks == 1;
+    const int64_t ahead = is_lone ? kAhead : panel + 1 < num_panels ? pairs * kPanel : 0;
+    const int lines = is_lone ? (end - start > 4 ? 3 : 0) : num_blocks == 2 ? 2 : 1;
+    for (int64_t block = 0; block < num_blocks; ++block)
+      body(panel, start + block * (end - start) / num_blocks, start + (block + 1) * (end - start) / num_blocks,
+           ahead + block * lines * kLanes * pairs, block < kVectors ? lines : 0);
+  });
 }
 
 struct LinearCall {
@@ -115,15 +113,14 @@ struct PackPanels {
 // weight: [outputs, inputs] bfloat16, inputs even -> panels [ceil(outputs / 48)][inputs / 2][48][2], zero-padded.
 SHOAL_KERNEL(pack_panels, PackPanels) {
   const int64_t pairs = a.inputs / 2, num_panels = (a.outputs + kPanel - 1) / kPanel;
-#pragma omp for schedule(static)
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
+  deal(num_panels, [&](int64_t panel) {
     uint32_t* target = a.panels + panel * pairs * kPanel;
     const uint32_t* source = a.weight + panel * kPanel * pairs;
     const int64_t columns = a.outputs - panel * kPanel < kPanel ? a.outputs - panel * kPanel : kPanel;
     for (int64_t k = 0; k < pairs; ++k)
       for (int64_t column = 0; column < kPanel; ++column)
         target[k * kPanel + column] = column < columns ? source[column * pairs + k] : 0;
-  }
+  });
 }
 
 // x: [rows, inputs] bfloat16, rows `x_stride` elements apart (even); bias: null or [outputs] bfloat16

@@ -38,10 +38,10 @@ SHOAL_KERNEL(rms_norm, RmsNorm) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t rows = a.tokens * a.heads;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row)
+    deal_rows(rows, [&](int64_t row) {
       normalise((T*)a.out + row * a.dim, (const T*)a.x + row / a.heads * a.token_stride + row % a.heads * a.head_stride,
                 a.weight, a.dim, a.eps);
+    });
   });
 }
 
@@ -60,12 +60,11 @@ struct AddRmsNorm {
 SHOAL_KERNEL(add_rms_norm, AddRmsNorm) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < a.tokens; ++token) {
+    deal_rows(a.tokens, [&](int64_t token) {
       T* sum = (T*)a.residual + token * a.residual_stride;
       add(sum, (const T*)a.x + token * a.x_stride, a.dim);
       normalise((T*)a.out + token * a.dim, (const T*)sum, a.weight, a.dim, a.eps);
-    }
+    });
   });
 }
 
@@ -79,9 +78,9 @@ struct Add {
 SHOAL_KERNEL(add, Add) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < a.tokens; ++token)
+    deal_rows(a.tokens, [&](int64_t token) {
       add((T*)a.sum + token * a.stride, (const T*)a.x + token * a.x_stride, a.dim);
+    });
   });
 }
 

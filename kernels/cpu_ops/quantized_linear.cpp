@@ -239,26 +239,23 @@ void multiply(const QuantizedLinear& a) {
   } else {
 #pragma omp single copyprivate(blocks)
     reserve();
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) quantize_row(row);
+    deal_rows(a.rows, quantize_row);
   }
-#pragma omp for collapse(2) schedule(static)
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      const int64_t start = chunk * kRowsPerTask;
-      const int64_t end = start + kRowsPerTask < a.rows ? start + kRowsPerTask : a.rows;
-      const int64_t num_tiles = (end - start + kMaxRows - 1) / kMaxRows;
-      const int64_t column = panel * kPanel;
-      const int columns = (int)(a.outputs - column < kPanel ? a.outputs - column : kPanel);
-      for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        // Tiles of equal size, to within a row.
-        const int64_t first = start + tile * (end - start) / num_tiles;
-        const int64_t last = start + (tile + 1) * (end - start) / num_tiles;
-        kMultiply[last - first](out, first, column, columns, blocks + first * num_blocks, panels + panel * num_blocks,
-                                num_blocks);
-      }
+  deal(num_panels * num_chunks, [&](int64_t task) {
+    const int64_t panel = task / num_chunks, chunk = task % num_chunks;
+    const int64_t start = chunk * kRowsPerTask;
+    const int64_t end = start + kRowsPerTask < a.rows ? start + kRowsPerTask : a.rows;
+    const int64_t num_tiles = (end - start + kMaxRows - 1) / kMaxRows;
+    const int64_t column = panel * kPanel;
+    const int columns = (int)(a.outputs - column < kPanel ? a.outputs - column : kPanel);
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      // Tiles of equal size, to within a row.
+      const int64_t first = start + tile * (end - start) / num_tiles;
+      const int64_t last = start + (tile + 1) * (end - start) / num_tiles;
+      kMultiply[last - first](out, first, column, columns, blocks + first * num_blocks, panels + panel * num_blocks,
+                              num_blocks);
     }
-  }
+  });
 }
 
 // A block as GGUF stores it.
@@ -273,8 +270,7 @@ static_assert(sizeof(StoredBlock<Q8_0>) == 34 && sizeof(StoredBlock<Q4_0>) == 18
 template <class Format>
 void pack(PanelBlock<Format>* panels, const StoredBlock<Format>* weight, int64_t outputs, int64_t num_blocks) {
   const int64_t num_panels = (outputs + kPanel - 1) / kPanel;
-#pragma omp for schedule(static)
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
+  deal(num_panels, [&](int64_t panel) {
     for (int64_t b = 0; b < num_blocks; ++b) {
       PanelBlock<Format>& target = panels[panel * num_blocks + b];
       target = {};
@@ -288,7 +284,7 @@ void pack(PanelBlock<Format>* panels, const StoredBlock<Format>* weight, int64_t
           std::memcpy(&target.words[k][column], source.bytes + 4 * k, 4);
       }
     }
-  }
+  });
 }
 
 // One output's weights: row `id`.
@@ -349,10 +345,10 @@ SHOAL_KERNEL(quantized_linear, QuantizedLinear) {
 SHOAL_KERNEL(quantized_rows, QuantizedRows) {
   with_format(a.format, [&](auto f) {
     with_dtype(a.out_dtype, [&](auto* type) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < a.rows; ++row)
+      deal_rows(a.rows, [&](int64_t row) {
         unpack_row((decltype(type))a.out + row * a.inputs, (const PanelBlock<decltype(f)>*)a.panels, a.ids[row],
                    a.inputs / kBlock);
+      });
     });
   });
 }

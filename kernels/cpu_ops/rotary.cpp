@@ -32,12 +32,11 @@ SHOAL_KERNEL(rotary, Rotary) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int half = a.rotary_dim / 2;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < a.tokens; ++token) {
+    deal_rows(a.tokens, [&](int64_t token) {
       const float* cos = a.cos_sin + a.positions[token] * a.rotary_dim;
       rotate((T*)a.q + token * a.q_stride, a.heads, a.head_dim, cos, cos + half, half);
       rotate((T*)a.k + token * a.k_stride, a.kv_heads, a.head_dim, cos, cos + half, half);
-    }
+    });
   });
 }
 

@@ -149,10 +149,10 @@ struct Sample {
 };
 
 SHOAL_KERNEL(sample, Sample) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t row = 0; row < a.rows; ++row)
+  deal(a.rows, [&](int64_t row) {
     a.out[row] = sample_row(a.logits + row * a.row_stride, a.vocab, a.temperature[row], a.top_k[row], a.top_p[row],
                             a.min_p[row], a.uniform[row]);
+  });
 }
 
 }  // namespace shoal

@@ -14,12 +14,11 @@ struct TakeRows {
 SHOAL_KERNEL(take_rows, TakeRows) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.count; ++i) {
+    deal_rows(a.count, [&](int64_t i) {
       T* to = (T*)a.out + i * a.dim;
       const T* from = (const T*)a.x + a.rows[i] * a.stride;
       for_lanes(a.dim, [&](int lane, int n) { store(to + lane, load(from + lane, n) * a.scale, n); });
-    }
+    });
   });
 }
 

@@ -159,9 +159,9 @@ def test_other_cpus_add_up_the_same(cpu: str, tmp_path: Path) -> None:
     """AVX2, AVX-512 without VNNI, and neither: other instructions, the same sums of integers."""
     if cpu == "skylake-avx512" and "avx512bw" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AVX-512")
-    source = Path(library.__file__).with_name("quantized_linear.cpp")
+    sources = [str(Path(library.__file__).with_name(name)) for name in ("quantized_linear.cpp", "kernel.cpp")]
     path = tmp_path / "quantized_linear.so"
-    subprocess.run(["c++", *library._FLAGS, "-Wno-psabi", f"-march={cpu}", str(source), "-o", str(path)], check=True)
+    subprocess.run(["c++", *library._FLAGS, "-Wno-psabi", f"-march={cpu}", *sources, "-o", str(path)], check=True)
     built = ctypes.CDLL(str(path))
     table = operations("cpu")
     # Whole numbers whose largest is 127 in each block: nothing depends on how inputs are rounded.
