@@ -143,7 +143,7 @@ class StepInbox:
     ) -> None:
         self._on_peer_message = on_peer_message
         self._interval_s = interval_s
-        self._waiting: dict[CallInbox, None] = {}  # for the interval to be over
+        self._unwoken: dict[CallInbox, None] = {}  # that have outputs, until the interval is over
         self._wake_timer: asyncio.TimerHandle | None = None
         self._woken_s = 0.0  # when it was over last
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -223,17 +223,17 @@ class StepInbox:
                 call.hear()
         for call, part in parts.items():
             if call.put(part) or not self._interval_s:
-                self._waiting.pop(call, None)
+                self._unwoken.pop(call, None)
                 call.wake()
             else:
-                self._waiting[call] = None
-        if self._waiting and self._wake_timer is None and self._loop is not None:
+                self._unwoken[call] = None
+        if self._unwoken and self._wake_timer is None and self._loop is not None:
             self._wake_timer = self._loop.call_at(self._woken_s + self._interval_s, self._wake_all)
 
     def _wake_all(self) -> None:
         assert self._loop is not None
         self._wake_timer = None
         self._woken_s = self._loop.time()
-        for call in self._waiting:
+        for call in self._unwoken:
             call.wake()
-        self._waiting.clear()
+        self._unwoken.clear()

@@ -154,7 +154,7 @@ KeyVector<T> find(const Problem& p, const Task& t, int vector) {
           index * p.block_size + offset, std::min(kLanes, p.block_size - offset)};
 }
 
-// Four key vectors of one head: where their words lie, and which lanes are keys.
+// The key vectors of a tile, of one head: where their words lie, and which lanes are keys.
 template <class T>
 struct Tile {
   std::array<const T*, kTile> keys;
@@ -345,7 +345,7 @@ class Attention {
   // One function for every number of rows: compilers differ from one expansion to the next in which sums and products
   // they fuse, and a row's bits must not.
   __attribute__((noinline)) void soften(const Tile<T>& tile, int row, int count, State state, float* keep) {
-    // Where every key counts, scores stay as they are until they are used; elsewhere they are scaled before.
+    // Without a softcap, scores stay as they are until they are used: where no key is masked they are only read here.
     const bool is_plain = p.softcap <= 0 && score_scale > 0;
     float highest[kLanes] = {};
     for (int r = 0; r < count; ++r) {

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <cstdlib>
 #include <vector>
 
 namespace shoal {
@@ -33,6 +34,7 @@ SHOAL_EXPORT void shoal_run(const Call* calls, int64_t count, int threads) {
     for (int64_t i = 0; i < loops; ++i) taken[self * loops + i].store(0, std::memory_order_relaxed);
     meet();
     for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
+    if (team.loop > loops) std::abort();  // a kernel deals out more than kMaxLoops
     team = {};
   }
 }

@@ -215,21 +215,22 @@ async def test_tokens_that_come_fast_go_together_but_for_the_first(rig: Rig) -> 
     came = await arrivals(rig, call("c", 100))
     assert came[0][1] == 1
     assert sum(count for _, count in came) == 100
-    # The first, then once an interval, and at the end.
-    assert 3 <= len(came) <= 3 + came[-1][0] / INTERVAL_S
+    # The first, the second (nobody was woken lately), then once an interval, and at the end.
+    assert len(came) <= 3 + came[-1][0] / INTERVAL_S
+    assert len(came) < 50
 
 
 async def test_tokens_that_come_slowly_are_not_kept(rig: Rig) -> None:
-    rig.device.step_s = 2 * INTERVAL_S
+    rig.device.step_s = 8 * INTERVAL_S
     came = await arrivals(rig, call("c", 6))
     assert [count for _, count in came] == [1] * 6
-    assert came[-1][0] < 5 * 2 * INTERVAL_S + INTERVAL_S
 
 
 async def test_the_end_of_a_call_is_not_kept(rig: Rig) -> None:
-    came = await arrivals(rig, call("c", 5))
-    assert [count for _, count in came] in ([1, 4], [1, 1, 3]), came
-    assert came[-1][0] < INTERVAL_S
+    rig.inbox._interval_s = 10.0
+    came = await arrivals(rig, call("c", 100))
+    assert len(came) <= 3, came
+    assert came[-1][0] < 5.0
 
 
 async def test_samples_of_a_call_come_apart_and_complete(rig: Rig) -> None:
